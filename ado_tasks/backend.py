@@ -1,0 +1,70 @@
+"""The one place where MLX is imported from, so that it is always set up the same way.
+
+`from ado_tasks.backend import mx, nn` everywhere else: on Linux the CPU wheel of MLX carries reference BLAS
+(3.7 GFLOP/s in a matrix product); OpenBLAS loaded before it brings 40 to 90. macOS uses Accelerate and Metal and needs nothing.
+"""
+
+import ctypes
+import os
+import platform
+import shutil
+import sys
+import warnings
+
+OPENBLAS_INSTALL = "apt-get install libopenblas0-pthread"
+COMPILER_INSTALL = "apt-get install g++"
+
+
+def _preload_openblas() -> str:
+    """Load OpenBLAS ahead of MLX and return the name of the BLAS in use."""
+    if sys.platform != "linux":
+        return "accelerate"
+    # One BLAS thread: parallelism comes from MLX streams (see parallel.py), and the bytes of a result then do not
+    # depend on how many cores a machine has. It must be set before the library is loaded.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        warnings.warn(
+            f"OpenBLAS is missing: MLX will be about ten times slower on this CPU. Install it with: {OPENBLAS_INSTALL}",
+            stacklevel=2,
+        )
+        return "reference"
+    return "openblas"
+
+
+BLAS = _preload_openblas()
+
+import mlx.core as mx  # noqa: E402  (after the preload, on purpose)
+import mlx.nn as nn  # noqa: E402
+import mlx.optimizers as optim  # noqa: E402
+import mlx.utils as mlx_utils  # noqa: E402
+
+
+def on_cpu() -> bool:
+    """True where MLX computes on the CPU (its default device is neither Metal nor CUDA)."""
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+# MLX compiles fused CPU kernels with the system's C++ compiler; without one it would fail at the first compiled step.
+HAS_CPU_COMPILER = shutil.which("g++") is not None or shutil.which("c++") is not None
+if on_cpu() and not HAS_CPU_COMPILER:
+    mx.disable_compile()
+    warnings.warn(
+        f"no C++ compiler: MLX cannot fuse CPU kernels and will be slower. Install: {COMPILER_INSTALL}", stacklevel=2
+    )
+
+
+def numeric_fingerprint() -> dict[str, str]:
+    """What decides the last bit of a result: equal fingerprints give equal bytes for equal inputs."""
+    return {
+        "device": "cpu" if on_cpu() else str(mx.device_info().get("device_name", "gpu")),
+        "machine": platform.machine(),
+        "blas": BLAS,
+        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
+        "compiled": str(HAS_CPU_COMPILER or not on_cpu()),
+        "mlx": mx.__version__,
+    }
+
+
+__all__ = ["BLAS", "HAS_CPU_COMPILER", "mlx_utils", "mx", "nn", "numeric_fingerprint", "on_cpu", "optim"]
