@@ -1,0 +1,92 @@
+"""Configurations: frozen dataclasses that are checked when they are made, read from one section of `params.yaml`.
+
+A field is declared with its type, its bounds and its default on one line; pydantic checks it. Whatever is wrong becomes
+a `ConfigError` that names the key, the value and what is allowed.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as _pydantic_dataclass
+
+from ado_tasks.errors import ConfigError
+
+C = TypeVar("C")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def config(cls: type[C]) -> type[C]:
+    """Make a class a frozen dataclass whose unknown keys, wrong types and out-of-range values are errors."""
+    return _pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))(cls)
+
+
+def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """Build a config of type `cls` from plain values.
+
+    Args:
+        cls: a class made with `@config`.
+        values: as read from YAML: numbers, strings, booleans, lists and mappings.
+        where: the name of the section, for messages.
+
+    Raises:
+        ConfigError: names every offending key, its value and what is allowed.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of keys, got {values!r}")
+    try:
+        # YAML has lists where a config has tuples: lax on containers, strict on scalars through validate_json's rules.
+        return TypeAdapter(cls).validate_json(_to_json(dict(values), where))
+    except ValidationError as problem:
+        raise ConfigError("\n".join(_explain(error, cls, where) for error in problem.errors())) from None
+
+
+def _to_json(values: Mapping[str, Any], where: str) -> str:
+    try:
+        return json.dumps(values)
+    except TypeError as problem:
+        raise ConfigError(f"{where}: {problem}") from None
+
+
+def _explain(error: Any, cls: type, where: str) -> str:
+    key = ".".join([where, *(str(part) for part in error["loc"])])
+    if error["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+        allowed = ", ".join(getattr(cls, "__dataclass_fields__", {}))
+        return f"{key}: unknown key; allowed here: {allowed}"
+    if error["type"] in {"missing", "missing_argument"}:
+        return f"{key}: a value is required and none was given"
+    return f"{key}: {error['input']!r} is not allowed: {error['msg']}"
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """Read a params file. Raises ConfigError where it is missing or is not a mapping in YAML."""
+    try:
+        params = yaml.safe_load(path.read_text())
+    except OSError as problem:
+        raise ConfigError(f"{path}: cannot be read ({problem.strerror})") from None
+    except yaml.YAMLError as problem:
+        raise ConfigError(f"{path}: not valid YAML: {problem}") from None
+    if not isinstance(params, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {type(params).__name__}")
+    return params
+
+
+def section(params: Mapping[str, Any], name: str, where: str = "params.yaml") -> Mapping[str, Any]:
+    """The section of a params file at a dotted name, as `distill.progressive`. Raises ConfigError where it is absent."""
+    found: Any = params
+    for depth, part in enumerate(name.split(".")):
+        if not isinstance(found, Mapping) or part not in found:
+            at = ".".join(name.split(".")[:depth]) or "the top"
+            allowed = ", ".join(map(str, found)) if isinstance(found, Mapping) else "nothing"
+            raise ConfigError(f"{where}: no section {part!r} at {at}; there: {allowed}")
+        found = found[part]
+    return found
+
+
+def as_plain(settings: Any) -> dict[str, Any]:
+    """A config as nested plain values (for records and checkpoint keys)."""
+    return asdict(settings)
