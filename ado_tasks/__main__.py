@@ -1,0 +1,125 @@
+"""The only command line: `python -m ado_tasks <task> …` (or `ado <task> …`).
+
+A task's options follow from its signature: every keyword-only `Path` is an option of that name, its config is one section
+of the params file, its seed the file's `seed`. Both drivers, DVC and Airflow, run these same commands.
+"""
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ado_tasks.errors import AdoError, ConfigError
+
+# What each task is for; `ado --help` shows it. Tasks are imported only when they are run: --help stays quick.
+TASKS = {
+    "prepare": "images → a checked, versioned dataset with train, selection and report parts",
+    "features": "train the networks that measure quality: features, and a judge of classes",
+    "profile": "which machine this is and what it can do",
+    "train": "train the teacher",
+    "anchor": "freeze the margin of non-inferiority from the teacher alone, before any student exists",
+    "distill": "teach a student to need fewer steps",
+    "calibrate": "learn where a frozen model's sampler should step",
+    "measure": "time and weigh every variant, in turn, on this machine",
+    "evaluate": "quality of every variant on the report part, with intervals",
+}
+MEASURED = {"profile", "measure"}
+EDGE_COMMANDS = {
+    "compare": "print what the reports say: every variant, its quality, cost and speed-up",
+    "sync": "upload recorded runs to MLflow",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, or the code of the named error."""
+    parser = build_parser()
+    known, rest = parser.parse_known_args(arguments)
+    if known.command is None:
+        parser.print_help()
+        return 2
+    try:
+        if known.command in EDGE_COMMANDS:
+            return importlib.import_module(f"ado_tasks.{known.command}").main(rest)
+        return run_task(known.command, rest)
+    except AdoError as problem:
+        print(f"ado {known.command}: {type(problem).__name__}: {problem}", file=sys.stderr)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        print(f"ado {known.command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The top-level parser. A task's own options are added when it is chosen (see `task_parser`)."""
+    parser = argparse.ArgumentParser(
+        prog="ado", description="Adaptive Diffusion Optimizer.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(
+            ["tasks (stages of dvc.yaml):", *(f"  {name:<10} {text}" for name, text in TASKS.items()), "",
+             "others:", *(f"  {name:<10} {text}" for name, text in EDGE_COMMANDS.items()), "",
+             "ado <command> --help says what a command reads, writes and is configured by."]
+        ),
+        add_help=False,
+    )  # fmt: skip
+    parser.add_argument("command", nargs="?", choices=[*TASKS, *EDGE_COMMANDS], metavar="command")
+    if len(sys.argv) < 2 or sys.argv[1] in {"-h", "--help"}:  # noqa: PLR2004  (program name, then the command)
+        parser.add_argument("-h", "--help", action="help", help="show this")
+    return parser
+
+
+def task_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentParser:
+    """A parser made from a task's signature and docstring."""
+    config_type = next(iter(inspect.signature(function).parameters.values())).annotation
+    fields = "\n".join(
+        f"  {field.name}: {getattr(field.type, '__name__', field.type)}"
+        for field in config_type.__dataclass_fields__.values()
+    )
+    parser = argparse.ArgumentParser(
+        prog=f"ado {name}", description=inspect.getdoc(function), formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"keys of its section in the params file:\n{fields}",
+    )  # fmt: skip
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: %(default)s)")
+    parser.add_argument("--section", default=name, help="dotted name of its section (default: %(default)s)")
+    for parameter in _path_parameters(function):
+        optional = parameter.default is None
+        if parameter.name == "scratch":
+            parser.add_argument("--scratch", type=Path, default=None, help="checkpoints (default: .ado/scratch/SECTION)")
+        else:
+            parser.add_argument(f"--{parameter.name.replace('_', '-')}", type=Path, required=not optional)
+    return parser
+
+
+def run_task(name: str, arguments: Sequence[str]) -> int:
+    """Parse a task's options, run it, record what it said, and hand the record to the tracker."""
+    from ado_tasks import config, tracking  # noqa: PLC0415
+
+    function = getattr(importlib.import_module(f"ado_tasks.{name}"), name)
+    options = task_parser(name, function).parse_args(arguments)
+    params = config.read_params(options.params)
+    seed = params.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ConfigError(f"seed: {seed!r} is not allowed: a whole number from 0 is required at the top of {options.params}")
+    config_type = next(iter(inspect.signature(function).parameters.values())).annotation
+    settings = config.parse(config_type, config.section(params, options.section, str(options.params)), options.section)
+    paths = {p.name: getattr(options, p.name) for p in _path_parameters(function)}
+    if "scratch" in paths and paths["scratch"] is None:
+        paths["scratch"] = Path(".ado/scratch") / options.section
+    extra = {"seed": seed} if "seed" in inspect.signature(function).parameters else {}
+    with tracking.recorded(options.section, name, settings, {**paths, **extra}, measured=name in MEASURED) as report:
+        result = function(settings, **paths, **extra, report=report)
+    print(f"{options.section}: {result}", file=sys.stderr)
+    return 0
+
+
+def _path_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    return [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.annotation in (Path, Path | None)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
