@@ -1,0 +1,1 @@
+"""Datasets: where images come from, how they are stored, split and read back."""
