@@ -1,0 +1,148 @@
+"""Fréchet distance between two sets of features, its floor (real against real), and the excess over training images.
+
+The features are the project's own, so the result is called "FD (own features)", never "FID".
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ado_tasks.errors import StatisticsError
+from ado_tasks.metrics.checks import AnyArray, FloatArray, features, same_count, same_width
+
+MIN_DRAWS = 50  # the smallest number of draws a reported floor or excess may rest on (issue 2's bar)
+RANGE = (0.025, 0.975)  # science.md section 7: the floor is given with its 95 % range
+
+
+@dataclass(frozen=True)
+class Floor:
+    """FD of real against real: mean and 95 % range over random disjoint halves of n samples each."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    draws: int
+
+
+@dataclass(frozen=True)
+class Excess:
+    """How far a model is from held-out images, beside what fresh training images reach; all at the same n.
+
+    model: mean FD(model, report half). train: mean FD(training images, the same halves). excess = model - train, the mean
+    of the differences draw by draw, and [low, high] their 95 % range over draws (the spread of the drawing, not a confidence
+    interval: all draws share one report part). ratio = excess / floor.mean.
+    """
+
+    model: float
+    train: float
+    excess: float
+    low: float
+    high: float
+    ratio: float
+    over_floor: float
+    below_floor: bool
+    floor: Floor
+    n: int
+    draws: int
+
+
+def frechet_distance(a: AnyArray, b: AnyArray) -> float:
+    """Fréchet distance between the Gaussians of two feature sets of shape (n, d), n >= 2 and equal.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)  (Dowson & Landau 1982; as FID, Heusel et al. 2017),
+    with the unbiased covariances. With S = R'R, R from a QR of the centred samples, the last trace is the sum of the singular values
+    of R_a R_b': no matrix is squared, rooted or inverted, so covariances without full rank (n <= d, dead features) need no
+    regularisation. The estimate falls as n grows, so sets of unequal n are refused: `StatisticsError`.
+    """
+    set_a, set_b = features(a, "a"), features(b, "b")
+    same_width(set_a, set_b, "a, b")
+    same_count(set_a, set_b, "a, b", "the estimate of FD depends on n")
+    return _distance(_moments(set_a), _moments(set_b))
+
+
+def floor(real: AnyArray, *, draws: int, rng: np.random.Generator) -> Floor:
+    """FD that no model can be asked to beat: two random disjoint halves of `real` (m, d), n = m // 2 each, drawn `draws` times.
+
+    `draws` >= 50 (`StatisticsError` below). A model whose FD at the same n lies under `low` deserves a look: leakage or copying.
+    """
+    values = features(real, "real", minimum=4)
+    _check_draws(draws)
+    distances = [_distance(_moments(first), _moments(second)) for first, second in _halves(values, draws, rng)]
+    return _floor(np.array(distances), n=len(values) // 2)
+
+
+def excess(model: AnyArray, train: AnyArray, real: AnyArray, *, draws: int, rng: np.random.Generator) -> Excess:
+    """FD of a model beyond that of training images, against the same halves of the report part `real` (m, d).
+
+    In each of `draws` >= 50 draws the report part is split in two random halves of n = m // 2; n samples of the model and n
+    training images are drawn without replacement, and all three distances (model, train, other half) are to the first half.
+    Averaging over draws uses all of each set while n stays equal. `model` and `train` need at least n samples.
+    """
+    values = features(real, "real", minimum=4)
+    n = len(values) // 2
+    generated, training = features(model, "model", minimum=n), features(train, "train", minimum=n)
+    same_width(generated, values, "model, real")
+    same_width(training, values, "train, real")
+    _check_draws(draws)
+    rows = np.empty((draws, 3))
+    for row, (half, other) in zip(rows, _halves(values, draws, rng), strict=True):
+        target = _moments(half)
+        row[:] = [
+            _distance(_moments(rng.choice(generated, n, replace=False)), target),
+            _distance(_moments(rng.choice(training, n, replace=False)), target),
+            _distance(_moments(other), target),
+        ]
+    base = _floor(rows[:, 2], n)
+    model_mean, train_mean = float(rows[:, 0].mean()), float(rows[:, 1].mean())
+    low, high = np.quantile(rows[:, 0] - rows[:, 1], RANGE)
+    beyond = model_mean - train_mean
+    return Excess(
+        model=model_mean,
+        train=train_mean,
+        excess=beyond,
+        low=float(low),
+        high=float(high),
+        ratio=beyond / base.mean,
+        over_floor=model_mean - base.mean,
+        below_floor=model_mean < base.low,
+        floor=base,
+        n=n,
+        draws=draws,
+    )
+
+
+_Moments = tuple[FloatArray, FloatArray]  # mean (d,), and R (min(n, d), d) with R'R the covariance
+
+
+def _moments(values: FloatArray) -> _Moments:
+    mean = values.mean(axis=0)
+    return mean, np.linalg.qr((values - mean) / np.sqrt(len(values) - 1), mode="r")
+
+
+def _distance(a: _Moments, b: _Moments) -> float:
+    (mean_a, root_a), (mean_b, root_b) = a, b
+    shared = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    squared = np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * shared
+    return max(0.0, float(squared))  # a distance: what is below 0 is rounding, about 1e-15 of the traces
+
+
+def _halves(values: FloatArray, draws: int, rng: np.random.Generator) -> Iterator[tuple[FloatArray, FloatArray]]:
+    n = len(values) // 2
+    for _ in range(draws):
+        order = rng.permutation(len(values))
+        yield values[order[:n]], values[order[n : 2 * n]]
+
+
+def _floor(distances: FloatArray, n: int) -> Floor:
+    mean = float(distances.mean())
+    if mean == 0.0:
+        raise StatisticsError("real: all samples are the same, so the floor of FD is 0 and no ratio to it exists")
+    low, high = np.quantile(distances, RANGE)
+    return Floor(mean=mean, low=float(low), high=float(high), n=n, draws=len(distances))
+
+
+def _check_draws(draws: int) -> None:
+    if draws < MIN_DRAWS:
+        raise StatisticsError(f"draws: at least {MIN_DRAWS} are needed for a mean and a 95 % range, got {draws}")
