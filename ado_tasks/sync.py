@@ -108,32 +108,31 @@ def _tags(record: dict[str, Any]) -> dict[str, Any]:
         "git.revision": record["git"]["revision"],
         "git.dirty": record["git"]["dirty"],
         **flatten(record["hardware"], "hardware"),
-        **dvc_hashes(record["command"]),
+        **dvc_hashes(record["command"], record["ended_ms"]),
     }
     if "error" in record:
         tags["error"] = record["error"]
     return tags
 
 
-def dvc_hashes(command: list[str], lock: Path = Path("dvc.lock"), patience_s: float = 5.0) -> dict[str, str]:
+def dvc_hashes(
+    command: list[str], ended_ms: int, lock: Path = Path("dvc.lock"), patience_s: float = 5.0
+) -> dict[str, str]:
     """The hashes in `dvc.lock` of what a stage read and wrote, found by the stage's command.
 
-    DVC writes its lock a moment after the command has ended: a young record waits for it up to `patience_s`.
+    DVC writes its lock a moment after the command has ended, so a lock that is older than that is given up to
+    `patience_s` to be renewed. (Where the outputs came out the same, it never is, and its hashes hold.)
     """
-    wanted = shlex.join(command)
     deadline_s = time.monotonic() + patience_s
-    while True:
-        entry = next((e for e in _lock_entries(lock) if e.get("cmd") == wanted), None)
-        if entry is not None:
-            return {
-                f"dvc.{side}.{item['path']}"[:250]: str(item.get("md5", item.get("hash", "")))
-                for side in ("deps", "outs")
-                for item in entry.get(side, [])
-                if side == "outs" or not item["path"].startswith("ado_tasks/")  # code is the git revision's business
-            }
-        if not lock.exists() or time.monotonic() > deadline_s:
-            return {}
+    while lock.exists() and lock.stat().st_mtime * 1e3 < ended_ms and time.monotonic() < deadline_s:
         time.sleep(0.25)
+    entry = next((e for e in _lock_entries(lock) if e.get("cmd") == shlex.join(command)), {})
+    return {
+        f"dvc.{side}.{item['path']}"[:250]: str(item.get("md5", item.get("hash", "")))
+        for side in ("deps", "outs")
+        for item in entry.get(side, [])
+        if not item["path"].startswith("ado_tasks/")  # code is the git revision's business
+    }
 
 
 def _lock_entries(lock: Path) -> list[dict[str, Any]]:

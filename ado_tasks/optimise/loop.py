@@ -1,0 +1,96 @@
+"""The training loop that `train` and `distill` share: step, check, report, checkpoint, resume."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ado_tasks.backend import mx
+from ado_tasks.errors import DivergenceError
+from ado_tasks.optimise.checkpoints import Checkpoints
+from ado_tasks.optimise.steps import TrainStep
+from ado_tasks.report import Reporter
+
+Curve = list[tuple[int, float]]
+Batch = Mapping[str, mx.array]
+
+CHECK_EVERY = 25  # steps between looks at the losses: each look waits for the device
+_STEP, _CURVE = "progress.step", "curve."  # names of what is not weights in a checkpoint
+
+
+@dataclass
+class Loop:
+    """One run of optimiser steps.
+
+    Every batch and learning rate is a function of the step alone, so that a run which resumes at step k goes on exactly as
+    one that never stopped.
+    """
+
+    name: str  # of the curves, and in messages
+    steps: int
+    batch_of: Callable[[int], Batch]
+    learning_rate_of: Callable[[int], float]
+    checkpoints: Checkpoints
+    checkpoint_every: int
+    report: Reporter
+    report_offset: int = 0  # steps done before this loop, where it is a part of a longer task
+    report_total: int | None = None
+    validate: Callable[[TrainStep], float] | None = None
+    validate_every: int = 500
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+    def run(self, step: TrainStep) -> dict[str, Curve]:
+        """Go from the last checkpoint, if there is one, to the last step; returns the curves.
+
+        Raises:
+            DivergenceError: a loss is not finite. Names the step, the loss and the last good checkpoint.
+        """
+        self.curves = {"training": [], **({"validation": []} if self.validate else {})}
+        start = self._resume(step)
+        losses: list[mx.array] = []
+        for index in range(start, self.steps):
+            losses.append(step(self.batch_of(index), self.learning_rate_of(index)))
+            done = index + 1
+            last = done == self.steps
+            if last or done % CHECK_EVERY == 0:
+                self._check(losses, done)
+                losses = []
+            if self.validate and (last or done % self.validate_every == 0):
+                self._note("validation", done, self.validate(step))
+            if done % self.checkpoint_every == 0 and not last:
+                self.checkpoints.save(done, self._state(step, done))
+        return self.curves
+
+    def _check(self, losses: list[mx.array], done: int) -> None:
+        values = [float(loss.item()) for loss in losses]
+        for offset, value in enumerate(values):
+            if not np.isfinite(value):
+                at = done - len(values) + offset + 1
+                good = self.checkpoints.last_step()
+                kept = f"the last good checkpoint is of step {good}" if good else "there is no checkpoint before it"
+                raise DivergenceError(f"{self.name}: the loss is {value} at step {at} of {self.steps}; {kept}")
+        mean = float(np.mean(values))
+        self._note("training", done, mean)
+        self.report.progress(self.report_offset + done, self.report_total or self.steps, loss=mean)
+
+    def _note(self, curve: str, step: int, value: float) -> None:
+        rounded = float(np.float32(value))  # as a checkpoint keeps it
+        self.curves[curve].append((step, rounded))
+        self.report.metric(f"{self.name}.{curve}_loss", rounded, step)
+
+    def _state(self, step: TrainStep, done: int) -> dict[str, mx.array]:
+        curves = {_CURVE + name: mx.array(points) for name, points in self.curves.items() if points}
+        return {**step.state, **curves, _STEP: mx.array(done)}
+
+    def _resume(self, step: TrainStep) -> int:
+        found = self.checkpoints.latest()
+        if found is None:
+            return 0
+        state: dict[str, Any] = found[1]
+        done = int(state.pop(_STEP).item())
+        for name in [name for name in state if name.startswith(_CURVE)]:
+            points = np.array(state.pop(name)).tolist()
+            self.curves[name.removeprefix(_CURVE)] = [(int(at), value) for at, value in points]
+        step.load(state)
+        return done
