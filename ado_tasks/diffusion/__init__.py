@@ -1,0 +1,1 @@
+"""Noise schedules, parameterisations, losses and solvers: mathematics on arrays, no files."""
