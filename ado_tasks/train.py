@@ -20,6 +20,7 @@ from ado_tasks.interop.diffusers_folder import write_model
 from ado_tasks.models.initialise import initialise
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.optimise.batches import images_of_step, labels_of, times_of_step
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.loop import Loop
 from ado_tasks.optimise.steps import TrainStep
@@ -139,20 +140,6 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * fall
 
 
-def images_of_step(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Rows of the images of one step: every image once an epoch, each epoch in an order of its own."""
-    first = step * batch_size
-    positions = np.arange(first, first + batch_size)
-    epochs = np.unique(positions // count)
-    orders = {epoch: rng.generator(seed, "order", int(epoch)).permutation(count) for epoch in epochs}
-    return np.array([orders[position // count][position % count] for position in positions])
-
-
-def times_of_step(batch_size: int, generator: np.random.Generator) -> np.ndarray:
-    """Times in (0, 1], one in each of `batch_size` equal strata with a common offset (Kingma et al. 2021, §I.1)."""
-    return 1.0 - (generator.random() + np.arange(batch_size)) / batch_size % 1.0
-
-
 def _batch(part: Split, batch_size: int, seed: int, step: int) -> dict[str, mx.array]:
     rows = images_of_step(len(part), batch_size, seed, step)
     images = mx.array(part.batch(rows))
@@ -161,11 +148,7 @@ def _batch(part: Split, batch_size: int, seed: int, step: int) -> dict[str, mx.a
         "noise": mx.random.normal(images.shape, key=rng.key(seed, "noise", step)),
         "t": mx.array(times_of_step(batch_size, rng.generator(seed, "time", step)).astype(np.float32)),
     }
-    return batch | _labels(part, rows)
-
-
-def _labels(part: Split, rows: np.ndarray) -> dict[str, mx.array]:
-    return {"labels": mx.array(part.labels[rows].astype(np.int32))} if part.num_classes else {}
+    return batch | labels_of(part, rows)
 
 
 def _loss(unet: UNet2D, schedule: NoiseSchedule, config: TrainConfig) -> Any:

@@ -1,0 +1,62 @@
+# make demo   install, run the whole pipeline on the embedded defaults, print the result table
+# make test   install, run the tests
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test install openblas lint format bench bars mlflow table clean lock parity
+
+UV_VERSION := 0.13.9
+# An existing uv is used; otherwise one is put into .uv/, from PyPI: nothing outside this folder changes.
+UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+help:  ## say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.uv/bin/uv:
+	@echo "installing uv into .uv/"
+	@python3 -m venv .uv && .uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+openblas:
+	@bash docker/install-openblas.sh
+
+install: openblas $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv)  ## install into .venv what uv.lock pins
+	@$(UV) sync --locked --inexact --quiet
+
+demo: install  ## run the whole pipeline (train, distil, calibrate, evaluate) and print the table
+	@$(RUN) dvc repro
+	@$(RUN) python -m ado_tasks sync
+	@$(RUN) python -m ado_tasks compare
+
+table:  ## print the table of the last run again
+	@$(RUN) python -m ado_tasks compare
+
+test: install  ## run the tests
+	@$(RUN) python -m pytest -m "not bars"
+
+lint: install  ## linters, types, layers
+	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) pyright && $(RUN) lint-imports
+
+format: install  ## rewrite the code in the house format
+	@$(RUN) ruff check --fix . ; $(RUN) ruff format .
+
+parity:  ## install PyTorch and Diffusers for the live parity tests (never needed by a user)
+	@bash tests/install-parity.sh
+
+bench: install  ## speed of a training step against PyTorch, in turn
+	@$(RUN) python bench/train_step.py
+
+bars: install  ## the full-size checks, too long for CI
+	@$(RUN) python -m pytest -m bars -s
+	@$(RUN) python bench/bars.py
+
+mlflow: install  ## look at the recorded runs in a browser
+	@$(RUN) python -m ado_tasks sync
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(RUN) \
+		mlflow server --backend-store-uri sqlite:///$(CURDIR)/.ado/mlflow.db --host 127.0.0.1 --port 5000 --workers 1
+
+lock:  ## renew uv.lock and the versions that DVC watches
+	@$(UV) lock
+	@$(RUN) python -m ado_tasks.versions --write
+
+clean:  ## remove what runs made (data, models, reports, records); .venv stays
+	rm -rf data features models schedules anchor reports .ado

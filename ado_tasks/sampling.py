@@ -1,0 +1,91 @@
+"""Samples from a stored model: the same noise and labels for every variant, in batches, on every core."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ado_tasks import rng
+from ado_tasks.backend import mx
+from ado_tasks.datasets.shards import Split
+from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
+from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
+from ado_tasks.diffusion.solvers import SOLVERS
+from ado_tasks.errors import DivergenceError
+from ado_tasks.interop.diffusers_folder import StoredModel
+from ado_tasks.parallel import sharded_apply
+from ado_tasks.report import SILENT, Reporter
+
+Images = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What samples start from: noise (n, H, W, C), and labels (n,) where the model is conditional."""
+
+    noise: Images
+    labels: npt.NDArray[np.int32] | None
+
+    def __len__(self) -> int:
+        """How many samples."""
+        return len(self.noise)
+
+    def first(self, count: int) -> "Draw":
+        """The first `count` of them."""
+        return Draw(self.noise[:count], None if self.labels is None else self.labels[:count])
+
+
+def draw(seed: int, purpose: str, count: int, part: Split) -> Draw:
+    """Noise and labels by name of purpose: "selection" and "report" never share a draw.
+
+    Labels follow the frequencies of `part` exactly, as far as `count` allows.
+    """
+    noise = mx.random.normal((count, *part.shape), key=rng.key(seed, "draw", purpose))
+    labels = None
+    if part.num_classes:
+        order = rng.generator(seed, "draw", purpose, "labels").permutation(len(part))
+        labels = part.labels[np.resize(order, count)].astype(np.int32)
+    return Draw(np.array(noise), labels)
+
+
+class Sampler:
+    """A model made ready to sample from: compiled once for its batch shape, batches split over CPU streams."""
+
+    def __init__(self, model: StoredModel, batch_size: int = 256, shards: int = 2) -> None:
+        """`batch_size` images go through the network at a time; `shards` parts of it at the same time on a CPU."""
+        self.schedule: NoiseSchedule = schedule_from_diffusers(model.scheduler_config)
+        self.kind = str(model.scheduler_config.get("prediction_type", "epsilon"))
+        self.batch_size = batch_size
+        unet = model.unet
+        self._apply: Callable[..., mx.array] = sharded_apply(lambda z, timestep, *labels: unet(z, timestep, *labels), shards)
+
+    def denoiser(self, labels: mx.array | None) -> Denoiser:
+        """The model as a denoiser, with these labels bound."""
+        bound = () if labels is None else (labels,)
+        return make_denoiser(lambda z, timestep: self._apply(z, timestep, *bound), self.schedule, self.kind)
+
+    def __call__(
+        self, start: Draw, solver: str, times: np.ndarray, *, seed: int = 0, report: Reporter = SILENT
+    ) -> Images:
+        """Samples (n, H, W, C) float32, not clipped.
+
+        The last batch is padded to full size, so that one compiled shape serves all and a sample does not depend on n.
+
+        Raises:
+            DivergenceError: a sample is not finite.
+        """
+        sample = SOLVERS[solver].sample
+        batches = []
+        for first in range(0, len(start), self.batch_size):
+            rows = np.arange(first, first + self.batch_size) % len(start)
+            labels = None if start.labels is None else mx.array(start.labels[rows])
+            noise = mx.array(start.noise[rows])
+            key = rng.key(seed, "solver", first)
+            batches.append(np.array(sample(self.denoiser(labels), noise, times, self.schedule, key=key)))
+            report.progress(min(first + self.batch_size, len(start)), len(start))
+        images = np.concatenate(batches)[: len(start)]
+        if not np.isfinite(images).all():
+            bad = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
+            raise DivergenceError(f"{bad} of {len(start)} samples are not finite ({solver}, {len(times) - 1} steps)")
+        return images
