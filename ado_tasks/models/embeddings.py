@@ -1,0 +1,65 @@
+"""What tells the network which step it is at: embeddings of the timestep and of the class, always from float32."""
+
+import math
+
+import numpy as np
+
+from ado_tasks.backend import mx, nn
+from ado_tasks.models import ops
+from ado_tasks.models.layers import Embedding, Linear
+
+LONGEST_PERIOD = 10_000  # Vaswani et al. 2017, section 3.5; Diffusers' max_period
+
+
+class Timesteps(nn.Module):
+    """Sines and cosines of t·f_k with f_k = 10000^(-k / (d/2 - freq_shift)), k < d/2 (Vaswani et al. 2017, section 3.5)."""
+
+    def __init__(self, width: int, flip_sin_to_cos: bool, freq_shift: int):
+        super().__init__()
+        half = width // 2
+        # In float32 and in this order: what PyTorch computes, so that t near 1000 turns by the same angle.
+        exponent = np.float32(-math.log(LONGEST_PERIOD)) * np.arange(half, dtype=np.float32)
+        self._frequencies = mx.array(np.exp(exponent / np.float32(half - freq_shift)))
+        self._flip, self._odd = flip_sin_to_cos, width % 2 == 1
+
+    def __call__(self, timestep: mx.array) -> mx.array:
+        """(B,) to (B, width), float32."""
+        angle = timestep.astype(mx.float32)[:, None] * self._frequencies
+        sine, cosine = mx.sin(angle), mx.cos(angle)
+        embedding = mx.concatenate([cosine, sine] if self._flip else [sine, cosine], axis=-1)
+        return mx.pad(embedding, [(0, 0), (0, 1)]) if self._odd else embedding
+
+
+class GaussianFourierProjection(nn.Module):
+    """Sines and cosines of 2π w log(t) with fixed random w ~ N(0, 16²) (Song et al. 2021, NCSN++)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = mx.zeros((width,))
+        self.freeze()  # drawn once, stored with the model, never trained
+
+    def __call__(self, timestep: mx.array) -> mx.array:
+        """(B,) to (B, 2·width), float32. t must be positive."""
+        angle = mx.log(timestep.astype(mx.float32))[:, None] * self.weight.astype(mx.float32) * 2 * math.pi
+        return mx.concatenate([mx.sin(angle), mx.cos(angle)], axis=-1)
+
+
+class LearnedTimesteps(Embedding):
+    """A table with one row a timestep. A fractional timestep takes the nearest row."""
+
+    def __call__(self, timestep: mx.array) -> mx.array:
+        """(B,) to (B, width)."""
+        return super().__call__(mx.round(timestep).astype(mx.int32))
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear, SiLU, linear."""
+
+    def __init__(self, in_features: int, width: int):
+        super().__init__()
+        self.linear_1 = Linear(in_features, width)
+        self.linear_2 = Linear(width, width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, in) to (B, width), in the type of the weights."""
+        return self.linear_2(ops.silu(self.linear_1(x.astype(self.linear_1.weight.dtype))))

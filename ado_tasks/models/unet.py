@@ -1,0 +1,180 @@
+"""Hugging Face Diffusers' `UNet2DModel` in MLX: the same configuration, the same names of weights, the same outputs."""
+
+from ado_tasks.backend import mx, nn
+from ado_tasks.errors import ConfigError
+from ado_tasks.models import ops
+from ado_tasks.models.embeddings import GaussianFourierProjection, LearnedTimesteps, TimestepEmbedding, Timesteps
+from ado_tasks.models.layers import ACTIVATIONS, Conv2d, DropoutKeys, Embedding, GroupNorm
+from ado_tasks.models.resnet import BlockOptions, Condition, ResnetBlock2D, ResnetBlockCondNorm2D
+from ado_tasks.models.unet_blocks import DownBlock2D, SkipDownBlock2D, SkipUpBlock2D, UNetMidBlock2D, UpBlock2D
+from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.models.unet_k_blocks import KDownBlock2D, KUpBlock2D
+from ado_tasks.models.unet_layout import K_KINDS, Level, block_kind, down_levels, up_levels
+
+
+class UNet2D(nn.Module):
+    """A network (x_t, t, class) -> prediction, made of zeros and ones until weights are loaded or initialised.
+
+    Compilable: it branches on its configuration only. Positions that the configuration leaves out (attention, skip
+    convolutions, class embedding) do not exist, so the parameters are exactly those of Diffusers' model.
+    """
+
+    def __init__(self, config: UNet2DConfig):
+        super().__init__()
+        self.config = config
+        first = config.block_out_channels[0]
+        width = config.embedding_width
+        self.conv_in = Conv2d(config.in_channels, first, 3, padding=1)
+        self.time_proj, projected = _time_projection(config)
+        self.time_embedding = TimestepEmbedding(projected, width)
+        if config.class_embed_type == "timestep":
+            self.class_embedding = TimestepEmbedding(projected, width)
+        elif config.class_embed_type is None and config.num_class_embeds is not None:
+            self.class_embedding = Embedding(config.num_class_embeds, width)
+        options = BlockOptions(
+            embedding=width,
+            eps=config.norm_eps,
+            act_fn=config.act_fn.lower(),
+            scale_shift=config.resnet_time_scale_shift == "scale_shift",
+            dropout=config.dropout,
+        )
+        self.down_blocks = [
+            _down_block(config, kind, level, options)
+            for kind, level in zip(map(block_kind, config.down_block_types), down_levels(config), strict=True)
+        ]
+        if config.mid_block_type is not None:
+            self.mid_block = _mid_block(config, options.scaled(config.mid_block_scale_factor))
+        self.up_blocks = [
+            _up_block(config, kind, level, options)
+            for kind, level in zip(map(block_kind, config.up_block_types), up_levels(config), strict=True)
+        ]
+        self.conv_norm_out = GroupNorm(config.groups_out, first, config.norm_eps)
+        self.conv_out = Conv2d(first, config.out_channels, 3, padding=1)
+        self._dropouts = sum(isinstance(module, ResnetBlock2D | ResnetBlockCondNorm2D) for module in self.modules())
+
+    def __call__(
+        self,
+        x: mx.array,
+        timestep: mx.array,
+        class_labels: mx.array | None = None,
+        *,
+        dropout_key: mx.array | None = None,
+    ) -> mx.array:
+        """Predict.
+
+        Args:
+            x: (B, H, W, in_channels) float32; H and W multiples of `config.size_multiple`.
+            timestep: (B,) float32; fractions are allowed (a learned table rounds to its nearest row).
+            class_labels: (B,) integers, where the model has classes. With class_embed_type "timestep" they are read as
+                timesteps; with "identity" they are embeddings (B, embedding_width).
+            dropout_key: where dropout masks are drawn from; without one nothing is dropped.
+
+        Returns:
+            (B, H, W, out_channels) float32, whatever the type of the weights.
+
+        Raises:
+            ConfigError: x has a shape, or the class labels a presence, that this model has no place for.
+        """
+        self._check(x, timestep, class_labels)
+        x = x.astype(self.conv_in.weight.dtype)
+        if self.config.center_input_sample:
+            x = 2 * x - 1
+        embedding = self._embedding(timestep, class_labels)
+        activate = ACTIVATIONS[self.config.act_fn.lower()]
+        condition = Condition(embedding, activate(embedding), DropoutKeys(dropout_key, self._dropouts))
+        hidden, painted = self._blocks(x, condition)
+        y = self.conv_out(ops.silu(self.conv_norm_out(hidden)))
+        if painted is not None:
+            y = y + painted
+        y = y.astype(mx.float32)
+        if self.config.time_embedding_type == "fourier":
+            y = y / timestep.astype(mx.float32)[:, None, None, None]
+        return y
+
+    def _check(self, x: mx.array, timestep: mx.array, class_labels: mx.array | None) -> None:
+        multiple = self.config.size_multiple
+        if x.ndim != 4 or x.shape[-1] != self.config.in_channels or x.shape[1] % multiple or x.shape[2] % multiple:
+            raise ConfigError(
+                f"UNet2D: input of shape {tuple(x.shape)}; allowed: (batch, height, width, {self.config.in_channels}) "
+                f"with height and width multiples of {multiple}"
+            )
+        if tuple(timestep.shape) != (x.shape[0],):
+            raise ConfigError(f"UNet2D: timestep of shape {tuple(timestep.shape)}; allowed: ({x.shape[0]},), one an image")
+        if self.config.has_classes != (class_labels is not None):
+            raise ConfigError(
+                "UNet2D: class_labels must be given: the model has classes"
+                if self.config.has_classes
+                else "UNet2D: class_labels given, but the model has no classes (num_class_embeds, class_embed_type)"
+            )
+
+    def _embedding(self, timestep: mx.array, class_labels: mx.array | None) -> mx.array:
+        embedding = self.time_embedding(self.time_proj(timestep))
+        if class_labels is None:
+            return embedding
+        if self.config.class_embed_type == "timestep":
+            class_labels = self.time_proj(class_labels)
+        added = class_labels if self.config.class_embed_type == "identity" else self.class_embedding(class_labels)
+        return embedding + added.astype(embedding.dtype)
+
+    def _blocks(self, x: mx.array, condition: Condition) -> tuple[mx.array, mx.array | None]:
+        """Down, middle and up. Returns the features and, from Skip blocks, the painted image."""
+        hidden, skip = self.conv_in(x), x
+        states: tuple[mx.array | None, ...] = (hidden,)
+        for block in self.down_blocks:
+            hidden, more, skip = block(hidden, skip, condition)
+            states += more
+        if "mid_block" in self:
+            hidden = self.mid_block(hidden, condition)
+        painted = None
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            hidden, painted = block(hidden, states[-count:], painted, condition)
+            states = states[:-count]
+        return hidden, painted
+
+
+def _time_projection(config: UNet2DConfig) -> tuple[nn.Module, int]:
+    """The layer that reads the timestep, and the width of what it gives."""
+    first = config.block_out_channels[0]
+    if config.time_embedding_type == "fourier":
+        return GaussianFourierProjection(first), 2 * first
+    if config.time_embedding_type == "learned":
+        assert config.num_train_timesteps is not None  # UNet2DConfig refuses it
+        return LearnedTimesteps(config.num_train_timesteps, first), first
+    return Timesteps(first, config.flip_sin_to_cos, config.freq_shift), first
+
+
+def _down_block(config: UNet2DConfig, kind: str, level: Level, options: BlockOptions) -> nn.Module:
+    if kind in K_KINDS:
+        return KDownBlock2D(level, options, attention=kind == "KCrossAttnDownBlock2D")
+    if kind in {"SkipDownBlock2D", "AttnSkipDownBlock2D"}:
+        return SkipDownBlock2D(level, options, attention=kind == "AttnSkipDownBlock2D")
+    attention = kind == "AttnDownBlock2D"
+    resize_by = config.downsample_type if attention else "resnet" if kind == "ResnetDownsampleBlock2D" else "conv"
+    return DownBlock2D(level, options, attention=attention, resize_by=resize_by)
+
+
+def _up_block(config: UNet2DConfig, kind: str, level: Level, options: BlockOptions) -> nn.Module:
+    if kind in K_KINDS:
+        return KUpBlock2D(level, options, attention=kind == "KCrossAttnUpBlock2D")
+    if kind in {"SkipUpBlock2D", "AttnSkipUpBlock2D"}:
+        return SkipUpBlock2D(level, options, attention=kind == "AttnSkipUpBlock2D")
+    attention = kind == "AttnUpBlock2D"
+    resize_by = config.upsample_type if attention else "resnet" if kind == "ResnetUpsampleBlock2D" else "conv"
+    return UpBlock2D(level, options, attention=attention, resize_by=resize_by)
+
+
+def _mid_block(config: UNet2DConfig, options: BlockOptions) -> UNetMidBlock2D:
+    channels = config.block_out_channels[-1]
+    groups = config.norm_num_groups if config.norm_num_groups is not None else min(channels // 4, 32)
+    attention_groups = config.attn_norm_num_groups
+    if attention_groups is None and config.resnet_time_scale_shift == "default":
+        attention_groups = groups
+    return UNetMidBlock2D(
+        channels,
+        options,
+        groups=groups,
+        attention=config.add_attention,
+        attention_groups=attention_groups,
+        head_width=config.attention_head_dim or channels,
+    )
