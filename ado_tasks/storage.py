@@ -85,6 +85,27 @@ def _sync_tree(folder: Path) -> None:
 
 
 @contextmanager
+def atomic_files(out: Path, *, last: str) -> Iterator[Path]:
+    """Yield a temporary folder beside `out`; on success each file in it moves into `out`, replacing its former self.
+
+    For a folder that several tasks write into. `last` names the file that moves last: who finds it finds the others too.
+    """
+    with named_storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        pattern = f".{out.name}-{Path(last).stem}.tmp-"
+        for stale in out.parent.glob(f"{pattern}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=pattern, dir=out.parent))
+        try:
+            yield partial
+            _sync_tree(partial)
+            for path in sorted(partial.iterdir(), key=lambda path: (path.name == last, path.name)):
+                path.replace(out / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling to write to; on success it replaces `path`, on failure it is removed."""
     with named_storage_errors(path):

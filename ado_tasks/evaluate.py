@@ -1,0 +1,177 @@
+"""Task `evaluate`: the quality of every variant, on a part of the data and on noise that nothing was chosen on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from ado_tasks import rng
+from ado_tasks.config import as_plain, config
+from ado_tasks.datasets.shards import open_dataset
+from ado_tasks.diffusion import grids
+from ado_tasks.errors import ArtifactError
+from ado_tasks.evaluation.calibration import compare_grids
+from ado_tasks.evaluation.pictures import save_paired, save_quality
+from ado_tasks.evaluation.quality import Reference, Scores, Yardstick, base_of, score
+from ado_tasks.features import load_features, load_judge
+from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.metrics.noninferiority import kid_difference, non_inferior
+from ado_tasks.pictures import save_grid
+from ado_tasks.report import SILENT, Reporter
+from ado_tasks.sampling import Draw, Images, Sampler, draw
+from ado_tasks.storage import atomic_files, load_arrays, read_json, write_json
+from ado_tasks.variants import Variant, calibrated_variants, student_variants, teacher_variants
+
+REPORT, SELECTION = "report", "selection"  # names of draws: nothing is ever chosen on the first
+FINE_STEPS = 500  # science.md §7: DDIM steps of the solution that paired distances are taken to
+PICTURED = 20  # samples a row
+
+
+@config
+class EvaluateConfig:
+    """How much is drawn."""
+
+    n_generated: Annotated[int, Field(ge=100)] = 2000  # samples of each variant for distributions
+    n_paired: Annotated[int, Field(ge=30)] = 256  # samples that are compared one by one with the fine solution
+    draws: Annotated[int, Field(ge=50)] = 100  # random halves for FD and its floor
+    batch_size: Annotated[int, Field(ge=1)] = 256  # images through the network at a time
+    shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """The verdict."""
+
+    chosen: str  # fewest evaluations among those that were non-inferior on the selection part
+    variants: int  # how many were compared
+
+
+def evaluate(
+    config: EvaluateConfig, *, dataset: Path, features: Path, anchor: Path, teacher: Path, progressive: Path,
+    schedules: Path, out: Path, seed: int, report: Reporter = SILENT,
+) -> EvaluateResult:  # fmt: skip
+    """Compare every variant with the teacher at 50 steps and with real images, and write reports/evaluate.json.
+
+    Args:
+        config: see EvaluateConfig.
+        dataset: folder made by `prepare`; figures are of its report part.
+        features: folder made by `features`.
+        anchor: folder made by `anchor`: the margin.
+        teacher: a Diffusers folder.
+        progressive: folder of students.
+        schedules: folder made by `calibrate` for the teacher.
+        out: folder of the reports; evaluate.json, samples.png, quality.png and paired.png appear in it together.
+        seed: of the noise.
+        report: where progress and figures go.
+
+    Raises:
+        ArtifactError: an input is damaged, or the margin was frozen with other features.
+        DivergenceError: a sample is not finite.
+    """
+    frozen = read_json(anchor / "anchor.json")
+    data, extractor, judge = open_dataset(dataset), load_features(features), load_judge(features)
+    if frozen["features_sha256"] != extractor.sha256:
+        raise ArtifactError(f"{anchor}: the margin was frozen with other features than {features} holds; run `anchor` again")
+    stored = read_model(teacher)
+    variants = [*teacher_variants(stored), *student_variants(progressive), *calibrated_variants(stored, schedules)]
+    samplers = _Samplers(config)
+    start = draw(seed, REPORT, config.n_generated, data.split("report"))
+
+    paired = start.first(config.n_paired)
+    fine = samplers(Variant("fine", "ddim", "ddim", grids.uniform_time(FINE_STEPS), stored), paired)
+    samples: dict[str, Images] = {}
+    for number, variant in enumerate(variants):
+        samples[variant.name] = samplers(variant, start)
+        report.progress(number + 1, 2 * len(variants))
+
+    yardstick = Yardstick(
+        Reference.of(data, extractor), extractor, judge, frozen["margin"], config.draws,
+        rng.derive(seed, "evaluate", "halves"),
+    )  # fmt: skip
+    base = base_of(yardstick, samples["teacher-50"], fine)
+    ddim_error = {v.nfe: _mean_square(samples[v.name], fine) for v in variants if v.family == "teacher"}
+    entries = []
+    for number, variant in enumerate(variants):
+        found = score(yardstick, samples[variant.name], start, base)
+        entries.append(_entry(variant, found, ddim_error.get(variant.nfe)))
+        report.progress(len(variants) + number + 1, 2 * len(variants))
+        for name in ("kid", "fd", "class_accuracy", "paired_distance"):
+            if entries[-1][name] is not None:
+                report.metric(f"{variant.name}.{name}", entries[-1][name])
+
+    calibration = compare_grids(samplers.of(stored), stored, schedules, paired, fine)
+    chosen, reasons = _choose(config, samplers, variants, data, extractor, anchor, frozen["margin"], seed)
+    result = {
+        "variants": entries,
+        "reference": yardstick.describe() | {
+            "n_generated": len(start), "features_sha256": extractor.sha256, "judge_sha256": judge.sha256,
+            "seeds": {"report": seed, "draw": REPORT}, "anchor": frozen,
+        },
+        "calibration": calibration,
+        "chosen": chosen,
+        "choice": reasons,
+        "config": as_plain(config),
+    }  # fmt: skip
+    with atomic_files(out, last="evaluate.json") as folder:
+        rows = {"real, report part": data.split("report").batch(np.arange(PICTURED))}
+        rows |= {name: images[:PICTURED] for name, images in samples.items()}
+        save_grid(folder / "samples.png", rows)
+        save_quality(folder / "quality.png", entries, frozen["margin"])
+        save_paired(folder / "paired.png", entries, calibration)
+        write_json(folder / "evaluate.json", result)
+    for name in ("samples", "quality", "paired"):
+        report.picture(name, out / f"{name}.png")
+    return EvaluateResult(chosen, len(variants))
+
+
+class _Samplers:
+    """One ready sampler a model, made when first needed."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self._config = config
+        self._made: dict[int, Sampler] = {}
+
+    def of(self, model: Any) -> Sampler:
+        if id(model) not in self._made:
+            self._made[id(model)] = Sampler(model, self._config.batch_size, self._config.shards)
+        return self._made[id(model)]
+
+    def __call__(self, variant: Variant, start: Draw) -> Images:
+        return self.of(variant.model)(start, variant.method, variant.times)
+
+
+def _mean_square(images: Images, fine: Images) -> float:
+    return float(np.mean(np.square(images[: len(fine)].astype(np.float64) - fine)))
+
+
+def _entry(variant: Variant, found: Scores, ddim_error: float | None) -> dict[str, Any]:
+    ratio = found.paired_distance / ddim_error if ddim_error and variant.family != "teacher" else None
+    return {
+        "name": variant.name,
+        "solver": variant.solver,
+        "nfe": variant.nfe,
+        "params": variant.parameters,
+        **found.as_plain(),
+        "paired_ratio_to_ddim": ratio,  # to the teacher's plain DDIM at the same NFE
+    }
+
+
+def _choose(
+    config: EvaluateConfig, samplers: _Samplers, variants: list[Variant], data: Any, extractor: Any, anchor: Path,
+    limit: float, seed: int,
+) -> tuple[str, list[dict[str, Any]]]:  # fmt: skip
+    """The cheapest variant that is non-inferior on the selection part and its noise; the teacher if none is."""
+    part = data.split("selection")
+    real = extractor.features(part.batch(np.arange(len(part))))
+    teacher = np.array(load_arrays(anchor / "teacher.safetensors")["features"])
+    start = draw(seed, SELECTION, len(teacher), part)
+    chosen, reasons = "teacher-50", []
+    for variant in sorted((v for v in variants if v.family != "teacher"), key=lambda v: -v.nfe):
+        interval = kid_difference(extractor.features(samplers(variant, start)), teacher, real)
+        passed = non_inferior(interval, limit)
+        reasons.append({"name": variant.name, "upper_end": interval.high, "margin": limit, "non_inferior": passed})
+        if passed:
+            chosen = variant.name
+    return chosen, reasons

@@ -1,0 +1,73 @@
+"""Pictures of an evaluation: quality against cost, and distance to the teacher's fine solution against cost."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ado_tasks.pictures import plain_axes, save_figure
+
+COLOURS = {"teacher": "#8a8f98", "calibrated": "#3274b5", "progressive": "#c8452f"}
+LABELS = {"teacher": "teacher, plain DDIM", "calibrated": "teacher, learned steps", "progressive": "distilled"}
+
+
+def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float) -> None:
+    """KID − KID(teacher at 50 steps) with its interval, against network evaluations an image; the margin as a band."""
+    figure = Figure(figsize=(6.6, 4.0))
+    axes = plain_axes(figure)
+    for family, rows in _families(entries).items():
+        values = [row["kid_minus_teacher"] for row in rows]
+        middle = [value["value"] for value in values]
+        errors = [
+            [value["value"] - value["ci"][0] for value in values],
+            [value["ci"][1] - value["value"] for value in values],
+        ]
+        axes.errorbar(
+            [row["nfe"] for row in rows], middle, yerr=errors, marker="o", markersize=5, capsize=3, linewidth=1.2,
+            color=COLOURS.get(family), label=LABELS.get(family, family),
+        )  # fmt: skip
+    axes.axhspan(-margin, margin, color="#3a9d5d", alpha=0.15, linewidth=0, label="margin of non-inferiority")
+    axes.set_yscale("symlog", linthresh=max(margin, 1e-6) * 2)
+    axes.set_ylabel("KID − KID(teacher, 50 steps)\n(own features, report part)")
+    _cost_axis(axes)
+    save_figure(path, figure)
+
+
+def save_paired(path: Path, entries: Sequence[Mapping[str, Any]], calibration: Sequence[Mapping[str, Any]]) -> None:
+    """Mean squared pixel distance to the teacher's 500-step solution at the same noise, against evaluations an image."""
+    figure = Figure(figsize=(11.0, 4.0))
+    axes = plain_axes(figure, (1, 2, 1))
+    for family, rows in _families(entries).items():
+        axes.plot(
+            [row["nfe"] for row in rows], [row["paired_distance"] for row in rows], marker="o", markersize=5,
+            linewidth=1.2, color=COLOURS.get(family), label=LABELS.get(family, family),
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylabel("squared distance to the fine solution\n(same noise, a pixel)")
+    _cost_axis(axes)
+    axes = plain_axes(figure, (1, 2, 2))
+    for solver, colour in (("ddim", "#8a8f98"), ("ipndm", "#3274b5")):
+        rows = sorted((row for row in calibration if row["solver"] == solver), key=lambda row: row["nfe"])
+        nfe = [row["nfe"] for row in rows]
+        best = [row["baselines"][row["best_baseline"]]["value"] for row in rows]
+        axes.plot(nfe, best, linestyle="--", marker="s", markersize=4, color=colour, label=f"{solver}, best usual grid")
+        axes.plot(nfe, [row["learned"] for row in rows], marker="o", color=colour, label=f"{solver}, learned steps")
+    axes.set_yscale("log")
+    _cost_axis(axes)
+    save_figure(path, figure)
+
+
+def _families(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in sorted(entries, key=lambda entry: entry["nfe"]):
+        found.setdefault(entry["name"].rpartition("-")[0], []).append(entry)
+    return found
+
+
+def _cost_axis(axes: Axes) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+    axes.set_xlabel("network evaluations an image")
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,86 @@
+"""The variants of a model that are compared: which weights, which solver, where it steps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ado_tasks.backend import mlx_utils
+from ado_tasks.diffusion import grids
+from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
+from ado_tasks.diffusion.solvers import SOLVERS
+from ado_tasks.errors import ArtifactError
+from ado_tasks.interop.diffusers_folder import StoredModel, read_model
+from ado_tasks.storage import read_json
+
+TEACHER_STEPS = (50, 8, 4, 2, 1)  # DDIM: the reference, and what halving its steps costs without distillation
+BASELINE_GRIDS = ("uniform_time", "uniform_log_snr", "edm_rho")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to sample."""
+
+    name: str  # <family>-<nfe>
+    solver: str  # as shown: "ddim", "ipndm+gits"
+    method: str  # key of SOLVERS
+    times: np.ndarray  # (steps + 1,) float64, from 1 down to 0
+    model: StoredModel
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image."""
+        return SOLVERS[self.method].nfe(self.times)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in its network."""
+        return sum(array.size for _, array in mlx_utils.tree_flatten(self.model.unet.parameters()))
+
+    @property
+    def family(self) -> str:
+        """Its name without the number."""
+        return self.name.rpartition("-")[0]
+
+
+def teacher_variants(teacher: StoredModel, steps: tuple[int, ...] = TEACHER_STEPS) -> list[Variant]:
+    """The teacher with plain DDIM on Diffusers' trailing grid."""
+    return [Variant(f"teacher-{n}", "ddim", "ddim", grids.uniform_time(n), teacher) for n in steps]
+
+
+def student_variants(family: Path) -> list[Variant]:
+    """The students in a family's folder, most steps first. Raises ArtifactError where there are none."""
+    steps = sorted((int(path.name) for path in family.iterdir() if path.name.isdigit()), reverse=True)
+    if not steps:
+        raise ArtifactError(f"{family}: no student in it; folders named by their number of steps are expected")
+    return [
+        Variant(f"{family.name}-{n}", "ddim", "ddim", grids.uniform_time(n), read_model(family / str(n))) for n in steps
+    ]
+
+
+def calibrated_variants(teacher: StoredModel, schedules: Path) -> list[Variant]:
+    """The frozen teacher at its learned knots, the multistep solver's, fewest steps last."""
+    learned = [entry for entry in read_knots(schedules) if entry["solver"] == "ipndm"]
+    return [
+        Variant(f"calibrated-{entry['nfe']}", "ipndm+gits", "ipndm", np.array(entry["times"]), teacher)
+        for entry in sorted(learned, key=lambda entry: -entry["nfe"])
+    ]
+
+
+def read_knots(schedules: Path) -> list[dict[str, Any]]:
+    """Every learned schedule in a folder made by `calibrate`."""
+    return [read_json(path) for path in sorted(schedules.glob("*-*.json"))]
+
+
+def baseline_grid(name: str, steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    """One of the grids that a learned schedule has to beat."""
+    if name == "uniform_time":
+        return grids.uniform_time(steps)
+    return {"uniform_log_snr": grids.uniform_log_snr, "edm_rho": grids.edm_rho}[name](steps, schedule)
+
+
+def schedule_of(model: StoredModel) -> NoiseSchedule:
+    """The noise schedule a model was trained with."""
+    return schedule_from_diffusers(model.scheduler_config)
+
