@@ -5,6 +5,7 @@ what makes a resumed run equal an unbroken one. No global generator is ever read
 """
 
 import hashlib
+import json
 
 import numpy as np
 
@@ -14,8 +15,8 @@ Name = str | int
 
 
 def derive(seed: int, *names: Name) -> int:
-    """A 64-bit seed for this path of names: SHA-256 of the seed and the names, each with its type."""
-    text = "/".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
+    """A 64-bit seed for this path of names: SHA-256 of them as JSON, in which no two paths look the same."""
+    text = json.dumps([seed, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 

@@ -1,0 +1,86 @@
+"""A config is checked when it is made: the error names the key, the value and what is allowed."""
+
+from dataclasses import FrozenInstanceError
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from ado_tasks.config import config, parse, read_params, section
+from ado_tasks.errors import ConfigError
+
+
+@config
+class Inner:
+    depth: Annotated[int, Field(ge=1)] = 3
+
+
+@config
+class Settings:
+    steps: Annotated[int, Field(ge=1, le=10)]
+    rate: float = 1e-3
+    kind: Literal["a", "b"] = "a"
+    stages: tuple[int, ...] = (1, 2)
+    inner: Inner = Inner()
+
+
+def test_values_arrive_with_their_types() -> None:
+    made = parse(Settings, {"steps": 3, "stages": [8, 4], "rate": 1, "inner": {"depth": 2}}, "train")
+    assert made == Settings(steps=3, rate=1.0, stages=(8, 4), inner=Inner(depth=2))
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Settings(steps=3).steps = 4  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"steps": 3, "stpes": 4}, ["train.stpes", "unknown key", "steps, rate, kind"]),
+        ({"steps": 0}, ["train.steps", "0", "greater than or equal to 1"]),
+        ({"steps": 11}, ["train.steps", "11", "less than or equal to 10"]),
+        ({"steps": "3"}, ["train.steps", "'3'", "integer"]),
+        ({"steps": True}, ["train.steps", "True", "integer"]),
+        ({"steps": 2.5}, ["train.steps", "2.5", "integer"]),
+        ({"steps": 1, "kind": "c"}, ["train.kind", "'c'", "'a' or 'b'"]),
+        ({"steps": 1, "inner": {"depth": 0}}, ["train.inner.depth", "0"]),
+        ({"steps": 1, "inner": {"breadth": 1}}, ["train.inner.breadth", "unknown key"]),
+        ({}, ["train.steps", "required"]),
+        ([1], ["train", "mapping"]),
+    ],
+)
+def test_what_is_wrong_is_named(values: object, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as problem:
+        parse(Settings, values, "train")  # pyright: ignore[reportArgumentType]
+    for word in words:
+        assert word in str(problem.value)
+
+
+def test_every_wrong_key_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as problem:
+        parse(Settings, {"steps": 0, "kind": "c"}, "train")
+    assert "train.steps" in str(problem.value)
+    assert "train.kind" in str(problem.value)
+
+
+def test_sections_are_found_by_dotted_name(tmp_path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("seed: 1\ndistill:\n  progressive: {steps: 3}\n")
+    params = read_params(path)
+    assert section(params, "distill.progressive") == {"steps": 3}
+    with pytest.raises(ConfigError, match=r"no section 'consistency' at distill; there: progressive"):
+        section(params, "distill.consistency")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "3"])
+def test_a_params_file_that_is_not_one(tmp_path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"params\.yaml"):
+        read_params(path)
+
+
+def test_a_params_file_that_is_absent(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_params(tmp_path / "none.yaml")
