@@ -1,7 +1,7 @@
 """Denoising losses: weights on ‖x̂ − x‖² as functions of λ = log SNR.
 
-Every usual loss is the squared error of x̂ under some weight (Kingma et al. 2021, §5; Salimans & Ho 2022, §4). Written in λ
-none of them divides by a small α or σ.
+Every usual loss is the squared error of x̂ under some weight (Kingma et al. 2021, §5; Salimans & Ho 2022, §4).
+Written in λ none of them divides by a small α or σ.
 """
 
 from collections.abc import Callable
@@ -51,5 +51,5 @@ def weight(name: str) -> Weight:
 
 
 def weighted_squared_error(x_hat: mx.array, x: mx.array, weights: mx.array) -> mx.array:
-    """w · mean over an image of (x̂ − x)²: (B, …), (B, …), (B,) → (B,)."""
+    """The weighted mean over an image of (x̂ − x)²: (B, …), (B, …), (B,) → (B,)."""
     return weights * mx.mean(mx.square(x_hat - x).reshape(x.shape[0], -1), axis=1)

@@ -9,9 +9,9 @@ With z = α x + σ ε (science: Salimans & Ho 2022, §4 and appendix D):
 | `v_prediction` | v = α ε − σ x          | (α z − σ v)/(α² + σ²)        |
 | `edm`          | F of Karras et al. 2022| c_skip z + c_out F           |
 
-The first three names are Diffusers' `prediction_type`. α² + σ² is 1 for variance-preserving schedules; keeping it makes the
-v formulae exact for every schedule. `edm` is written in z rather than z/α, so it too serves every schedule and never divides
-by α; with σ_data = 1 and a variance-preserving schedule, F = −v.
+The first three names are Diffusers' `prediction_type`. α² + σ² is 1 for variance-preserving schedules; keeping it
+makes the v formulae exact for every schedule. `edm` is written in z rather than z/α, so it too serves every schedule
+and never divides by α; with σ_data = 1 and a variance-preserving schedule, F = −v.
 
 α and σ broadcast against the arrays: use `expand` for coefficients of shape (B,).
 """

@@ -1,9 +1,9 @@
 """Noise schedules in continuous time, with Diffusers' discrete grids as the values at integer timesteps.
 
-A noisy sample is z_t = α_t x + σ_t ε (Kingma et al. 2021, eq. 1). Time t runs over [0, 1]: t = 0 is clean (α = 1 and σ = 0
-exactly), t = 1 is noisiest. λ = log SNR = 2 log(α/σ) falls with t. What a network is told is the *timestep*: t N − 1 for
-N training timesteps, so that t = (i + 1)/N is Diffusers' timestep i, and t = 0 is its "timestep −1" with ᾱ = 1
-(`set_alpha_to_one`).
+A noisy sample is z_t = α_t x + σ_t ε (Kingma et al. 2021, eq. 1). Time t runs over [0, 1]: t = 0 is clean (α = 1 and
+σ = 0 exactly), t = 1 is noisiest. λ = log SNR = 2 log(α/σ) falls with t. What a network is told is the *timestep*:
+t N − 1 for N training timesteps, so that t = (i + 1)/N is Diffusers' timestep i, and t = 0 is its "timestep −1" with
+ᾱ = 1 (`set_alpha_to_one`).
 
 Every method takes a number or a NumPy array and computes in float64 on the host (solver coefficients), or an MLX array
 and computes in float32 on the device (training). Never less than float32: bf16 turns timestep 999 into 1000.
@@ -81,7 +81,7 @@ def _prepare(value: Any) -> tuple[Any, Any]:
 
 
 def _discrete_config(prediction_type: str, steps: int, **fields: Any) -> dict[str, Any]:
-    """A DDIMScheduler config under which Diffusers takes exactly our DDIM steps: nothing clipped, last step to ᾱ = 1."""
+    """A DDIMScheduler config under which Diffusers takes our DDIM steps: nothing clipped, last step to ᾱ = 1."""
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": steps,
@@ -100,8 +100,8 @@ def _discrete_config(prediction_type: str, steps: int, **fields: Any) -> dict[st
 class Cosine:
     """Variance-preserving, ᾱ(t) = f(t)/f(0), f(t) = cos²(π/2 · (t + 0.008)/1.008) (Nichol & Dhariwal 2021, eq. 17).
 
-    Diffusers' `squaredcos_cap_v2`. Its cap β ≤ 0.999 acts on the last step only: there ᾱ(1) = 0.001 ᾱ(1 − 1/N), and log ᾱ
-    is linear between the two.
+    Diffusers' `squaredcos_cap_v2`. Its cap β ≤ 0.999 acts on the last step only: there ᾱ(1) = 0.001 ᾱ(1 − 1/N), and
+    log ᾱ is linear between the two.
     """
 
     num_train_timesteps: int = TRAIN_TIMESTEPS
@@ -148,7 +148,7 @@ class Cosine:
         return _log_ratio(*self.alpha_sigma(t))
 
     def time(self, log_snr: Any) -> Any:
-        """t with λ_t = `log_snr`; the angle comes from arctan2, well conditioned at both ends."""
+        """The t with λ_t = `log_snr`; the angle comes from arctan2, well conditioned at both ends."""
         xp, log_snr = _prepare(log_snr)
         alpha_bar, variance = _vp_variances(xp, log_snr)
         cos2, sin2 = math.cos(self._start) ** 2, math.sin(self._start) ** 2
@@ -212,7 +212,7 @@ class LinearBeta:
         return _log_ratio(*self.alpha_sigma(t))
 
     def time(self, log_snr: Any) -> Any:
-        """t with λ_t = `log_snr`: the step is found in the table, then log ᾱ = −softplus(−λ) is interpolated."""
+        """The t with λ_t = `log_snr`: the step is found in the table, then log ᾱ = −softplus(−λ) is interpolated."""
         xp, log_snr = _prepare(log_snr)
         rising = np.maximum(-self._log_alpha_bar, 0.0)
         wanted = xp.logaddexp(xp.zeros_like(log_snr), -log_snr)
@@ -239,8 +239,8 @@ class LinearBeta:
 class Edm:
     """Variance-exploding, α = 1, σ(t) = σ_max t^ρ (Karras et al. 2022).
 
-    The power makes equal steps of t equal steps of σ^(1/ρ), as in their eq. 5, and σ(0) = 0 exactly; `sigma_min` is where
-    their grid stops before its last step to 0. The network is conditioned on ln(σ)/4 (Table 1, c_noise).
+    The power makes equal steps of t equal steps of σ^(1/ρ), as in their eq. 5, and σ(0) = 0 exactly; `sigma_min` is
+    where their grid stops before its last step to 0. The network is conditioned on ln(σ)/4 (Table 1, c_noise).
     """
 
     sigma_min: float = 0.002  # Karras et al. 2022, Table 1
@@ -268,7 +268,7 @@ class Edm:
         return _log_ratio(*self.alpha_sigma(t))
 
     def time(self, log_snr: Any) -> Any:
-        """t = (σ/σ_max)^(1/ρ) with σ = e^(−λ/2)."""
+        """The inverse, t = (σ/σ_max)^(1/ρ) with σ = e^(−λ/2)."""
         xp, log_snr = _prepare(log_snr)
         return xp.clip(xp.exp((-log_snr / 2 - math.log(self.sigma_max)) / self.rho), 0.0, 1.0)
 
@@ -293,8 +293,8 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
     """The noise schedule that a Diffusers `scheduler_config.json` describes.
 
     Raises:
-        ConfigError: the schedule is one of those that cannot be represented exactly: given betas, betas rescaled to zero
-            SNR, an unknown `beta_schedule` or sigma schedule.
+        ConfigError: the schedule is one of those that cannot be represented exactly: given betas, betas rescaled to
+            zero SNR, an unknown `beta_schedule` or sigma schedule.
     """
     if str(config.get("_class_name", "")).startswith("EDM"):
         return _edm_from_diffusers(config)

@@ -159,7 +159,25 @@ def test_ipndm_is_adams_bashforth_in_edm_variables(schedule):
     np.testing.assert_allclose(ipndm(denoise, z, grid, schedule, order=1), ddim(denoise, z, grid, schedule), rtol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), LinearBeta(), Edm()], ids=by_name)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=by_name)
+def test_dpmpp_2m_extrapolates_to_the_middle_of_an_uneven_step(schedule):
+    # If x̂ is a straight line in λ, the extrapolation is its value half-way, whatever the steps before.
+    def line(log_snr):
+        return 0.3 + 0.1 * log_snr
+
+    def denoise(z, t):
+        return mx.ones_like(z) * line(mx.array(schedule.log_snr(np.array(t)), dtype=z.dtype)).reshape(-1, 1)
+
+    grid = np.asarray(schedule.time(np.array([-3.0, -2.0, 1.5, 2.0])))
+    (alpha, sigma), z = schedule.alpha_sigma(grid), noise(3, schedule, dtype=mx.float64)
+    _, states = dpmpp_2m(denoise, z, grid, schedule, trajectory=True)
+    for i, middle in [(1, -0.25), (2, 1.75)]:
+        ratio = sigma[i + 1] / sigma[i]
+        expected = ratio * np.array(states[i]) + (alpha[i + 1] - alpha[i] * ratio) * line(middle)
+        np.testing.assert_allclose(np.array(states[i + 1]), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=by_name)
 @pytest.mark.parametrize("steps", [1, 3, 20])
 def test_ancestral_variance_follows_its_recursion(steps, schedule):
     grid = uniform_time(steps)
@@ -175,7 +193,7 @@ def test_ancestral_variance_follows_its_recursion(steps, schedule):
 
 
 def test_ancestral_step_is_the_true_posterior():
-    # With the true x known, a step must land on N(α_s x, σ_s²) given z_t ~ N(α_t x, σ_t²), jointly as the forward process.
+    # With the true x known, a step must land on N(α_s x, σ_s²), jointly with z_t as the forward process has it.
     schedule, x, n = Cosine(), 0.8, 200_000
     (a_t, s_t), (a_s, s_s) = ([float(c) for c in schedule.alpha_sigma(t)] for t in (0.7, 0.4))
     z_t = a_t * x + s_t * mx.random.normal((n, 1), key=mx.random.key(0))
@@ -204,9 +222,8 @@ def test_ancestral_noise_is_fresh_at_every_step_and_seed():
     schedule, grid, draws = Cosine(), uniform_time(4), []
     alpha, sigma = schedule.alpha_sigma(grid)
     for seed in (7, 8):
-        _, states = ancestral(
-            lambda z, t: mx.zeros_like(z), mx.zeros((20_000, 1)), grid, schedule, key=mx.random.key(seed), trajectory=True
-        )
+        start, key = mx.zeros((20_000, 1)), mx.random.key(seed)
+        _, states = ancestral(lambda z, t: mx.zeros_like(z), start, grid, schedule, key=key, trajectory=True)
         for i in range(3):
             of_z, _, std = posterior(alpha[i], sigma[i], alpha[i + 1], sigma[i + 1])
             draws.append(np.array(states[i + 1] - of_z * states[i])[:, 0] / std)

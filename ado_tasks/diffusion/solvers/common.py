@@ -19,7 +19,7 @@ def coefficients(schedule: NoiseSchedule, times: Times) -> list[tuple[float, flo
         ConfigError: the times do not fall strictly within [0, 1], or are fewer than two.
     """
     grid = np.asarray(times, dtype=np.float64)
-    if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:  # noqa: PLR2004
+    if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
         raise ConfigError(f"times: {grid.tolist()} are not allowed: at least two, strictly falling, within [0, 1]")
     alpha, sigma = schedule.alpha_sigma(grid)
     return [(float(a), float(s)) for a, s in zip(alpha, sigma, strict=True)]

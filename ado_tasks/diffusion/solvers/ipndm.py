@@ -1,14 +1,14 @@
 """iPNDM (Zhang & Chen 2023, appendix; Liu et al. 2022): linear multistep on ε̂, one evaluation a step.
 
-Adams–Bashforth weights, used unchanged on non-uniform steps, combine the last ε̂ into ε'. In EDM's variables a step is Euler's
-with ε' as the slope, (z/α)_s = (z/α)_t + (σ_s/α_s − σ_t/α_t) ε'. Written in z,
+Adams–Bashforth weights, used unchanged on non-uniform steps, combine the last ε̂ into ε'. In EDM's variables a step
+is Euler's with ε' as the slope, (z/α)_s = (z/α)_t + (σ_s/α_s − σ_t/α_t) ε'. Written in z,
 
     z_s = α_s x̂ + σ_s ε̂ + (σ_s − α_s σ_t/α_t)(ε' − ε̂),
 
 so that the first step, where ε' = ε̂, never divides by an α that is nearly 0.
 
-Start-up: orders 1, 2, … as evaluations become available. Measured order of convergence 2 with that start-up, whatever the
-nominal order: the weights are exact on uniform steps only, and the first step is Euler's.
+Start-up: orders 1, 2, … as evaluations become available. Measured order of convergence 2 with that start-up, whatever
+the nominal order: the weights are exact on uniform steps only, and the first step is Euler's.
 """
 
 from ado_tasks.backend import mx
