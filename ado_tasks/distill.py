@@ -157,16 +157,16 @@ class Stage:
             return make_denoiser(lambda z, timestep: unet(z, timestep, labels), self.schedule, self.kind)
 
         def loss(parameters: Any, batch: dict[str, mx.array]) -> mx.array:
-            t = self.interval.start(batch["index"])
-            alpha, sigma = self.schedule.alpha_sigma(t)
+            times = batch["times"]
+            alpha, sigma = self.schedule.alpha_sigma(times[:, 0])
             noise = batch["noise"]
             z = expand(alpha, noise) * batch["images"] + expand(sigma, noise) * noise
             denoise = denoiser(batch.get("labels"))
             unet.update(teacher)
-            wanted = distillation_target(denoise, z, batch["index"], self.interval, self.schedule)
+            wanted = distillation_target(denoise, z, times, self.schedule)
             unet.update(parameters)
             weights = weight(2 * (mx.log(alpha) - mx.log(sigma)))
-            return mx.mean(losses.weighted_squared_error(denoise(z, t), wanted, weights))
+            return mx.mean(losses.weighted_squared_error(denoise(z, times[:, 0]), wanted, weights))
 
         return loss
 
@@ -181,7 +181,7 @@ class Stage:
         return {
             "images": images,
             "noise": mx.random.normal(images.shape, key=rng.key(self.seed, "distill", steps, "noise", step)),
-            "index": mx.array(index.astype(np.int32)),
+            "times": mx.array(self.interval.times(index).astype(np.float32)),
             **labels_of(part, rows),
         }
 

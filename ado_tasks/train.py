@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from ado_tasks import rng
-from ado_tasks.backend import mx
+from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.config import as_plain, config
 from ado_tasks.datasets.shards import Dataset, Split, open_dataset
 from ado_tasks.diffusion import grids, losses
@@ -118,7 +118,7 @@ def train(
     for name in ("training", "samples"):
         report.picture(name, out / f"{name}.png")
     checkpoints.clear()
-    return TrainResult(unet.config_count(), curves["validation"][-1][1], weights_sha256)
+    return TrainResult(sum(array.size for _, array in mlx_utils.tree_flatten(unet.parameters())), curves["validation"][-1][1], weights_sha256)
 
 
 def complete_model(model: dict[str, Any], data: Dataset) -> dict[str, Any]:

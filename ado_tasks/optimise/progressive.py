@@ -7,6 +7,8 @@ K = 2 is the paper's halving. A larger K in the first stage skips a student that
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ado_tasks.backend import mx
 from ado_tasks.diffusion.denoiser import Denoiser
 from ado_tasks.diffusion.parameterisation import expand
@@ -21,27 +23,22 @@ class Interval:
     student_steps: int  # N
     teacher_substeps: int  # K; 2 is the paper's halving
 
-    def start(self, index: mx.array) -> mx.array:
-        """t = (i+1)/N for i in 0..N−1, float32."""
-        return (index.astype(mx.float32) + 1.0) / self.student_steps
+    def times(self, index: np.ndarray) -> np.ndarray:
+        """The teacher's times in interval i, (B,) in 0..N−1: (B, K + 1) float64, from t = (i+1)/N down to s = i/N.
 
-    def substep(self, index: mx.array, k: int) -> mx.array:
-        """The teacher's time after k of its K steps: (i + 1 − k/K)/N. Exactly 0 at the end of the last interval.
-
-        Computed from whole numbers, (K(i+1) − k)/(KN): t − k/(KN) in float32 would miss 0 and with it alpha = 1.
+        (K(i+1) − k)/(KN), from whole numbers: subtracting k/(KN) from t would miss 0, and with it alpha = 1.
         """
-        whole = self.teacher_substeps * (index.astype(mx.float32) + 1.0) - k
+        k = np.arange(self.teacher_substeps + 1)
+        whole = self.teacher_substeps * (index[:, None].astype(np.int64) + 1) - k
         return whole / (self.teacher_substeps * self.student_steps)
 
 
-def teacher_walk(teacher: Denoiser, z_t: mx.array, index: mx.array, interval: Interval, schedule: NoiseSchedule) -> mx.array:
-    """z'': where K DDIM steps of the teacher lead from z_t, t = (i+1)/N, to s = i/N. Nothing is clipped."""
+def teacher_walk(teacher: Denoiser, z_t: mx.array, times: mx.array, schedule: NoiseSchedule) -> mx.array:
+    """z'': where the teacher's DDIM steps along `times` (B, K + 1) lead from z_t (B, H, W, C). Nothing is clipped."""
     z = z_t
-    for k in range(interval.teacher_substeps):
-        t, s = interval.substep(index, k), interval.substep(index, k + 1)
-        alpha_t, sigma_t = (expand(c, z) for c in schedule.alpha_sigma(t))
-        alpha_s, sigma_s = (expand(c, z) for c in schedule.alpha_sigma(s))
-        z = ddim_step(teacher(z, t), z, alpha_t, sigma_t, alpha_s, sigma_s)
+    for k in range(times.shape[1] - 1):
+        t, s = times[:, k], times[:, k + 1]
+        z = ddim_step(teacher(z, t), z, *_levels(t, z, schedule), *_levels(s, z, schedule))
     return z
 
 
@@ -57,20 +54,18 @@ def target(
     return (z_end - ratio * z_t) / (alpha_s - ratio * alpha_t)
 
 
-def distillation_target(
-    teacher: Denoiser, z_t: mx.array, index: mx.array, interval: Interval, schedule: NoiseSchedule
-) -> mx.array:
-    """x̃ for noisy images z_t (B, H, W, C) that stand at the start of interval `index` (B,)."""
-    z_end = teacher_walk(teacher, z_t, index, interval, schedule)
-    alpha_t, sigma_t = (expand(c, z_t) for c in schedule.alpha_sigma(interval.start(index)))
-    end = interval.substep(index, interval.teacher_substeps)
-    alpha_s, sigma_s = (expand(c, z_t) for c in schedule.alpha_sigma(end))
-    return mx.stop_gradient(target(z_end, z_t, alpha_t, sigma_t, alpha_s, sigma_s))
+def distillation_target(teacher: Denoiser, z_t: mx.array, times: mx.array, schedule: NoiseSchedule) -> mx.array:
+    """x̃ for noisy images z_t (B, H, W, C) that stand at times[:, 0], the start of their intervals. No gradient."""
+    z_end = teacher_walk(teacher, z_t, times, schedule)
+    t, s = _levels(times[:, 0], z_t, schedule), _levels(times[:, -1], z_t, schedule)
+    return mx.stop_gradient(target(z_end, z_t, *t, *s))
 
 
-def step_with(x: mx.array, z_t: mx.array, index: mx.array, interval: Interval, schedule: NoiseSchedule) -> mx.array:
-    """One student DDIM step with x as its x̂: with the exact target it lands on z''."""
-    end = interval.substep(index, interval.teacher_substeps)
-    alpha_t, sigma_t = (expand(c, z_t) for c in schedule.alpha_sigma(interval.start(index)))
-    alpha_s, sigma_s = (expand(c, z_t) for c in schedule.alpha_sigma(end))
-    return ddim_step(x, z_t, alpha_t, sigma_t, alpha_s, sigma_s)
+def student_step(x: mx.array, z_t: mx.array, times: mx.array, schedule: NoiseSchedule) -> mx.array:
+    """One student DDIM step over the whole interval with x as its x̂: with the exact target it lands on z''."""
+    return ddim_step(x, z_t, *_levels(times[:, 0], z_t, schedule), *_levels(times[:, -1], z_t, schedule))
+
+
+def _levels(t: mx.array, like: mx.array, schedule: NoiseSchedule) -> tuple[mx.array, mx.array]:
+    alpha, sigma = schedule.alpha_sigma(t)
+    return expand(alpha, like), expand(sigma, like)

@@ -9,16 +9,20 @@ from ado_tasks.diffusion.oracles import gaussian_denoiser
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import Cosine, LinearBeta, NoiseSchedule
 from ado_tasks.diffusion.solvers import ddim, ddim_step
-from ado_tasks.optimise.progressive import Interval, distillation_target, step_with, teacher_walk
+from ado_tasks.optimise.progressive import Interval, distillation_target, student_step, teacher_walk
 
 SCHEDULES = [Cosine(), LinearBeta()]
 
 
-def noisy(schedule: NoiseSchedule, interval: Interval, index: mx.array) -> mx.array:
+def times_of(interval: Interval, index: list[int] | range) -> mx.array:
+    return mx.array(interval.times(np.array(index)).astype(np.float32))
+
+
+def noisy(schedule: NoiseSchedule, times: mx.array) -> mx.array:
     """z_t of a bimodal image at the start of each interval."""
-    shape = (index.size, 4, 4, 1)
+    shape = (len(times), 4, 4, 1)
     x = mx.where(mx.random.uniform(shape=shape, key=rng.key(0, "x")) < 0.5, -1.0, 1.0)
-    alpha, sigma = schedule.alpha_sigma(interval.start(index))
+    alpha, sigma = schedule.alpha_sigma(times[:, 0])
     noise = mx.random.normal(shape, key=rng.key(0, "noise"))
     return expand(alpha, noise) * x + expand(sigma, noise) * noise
 
@@ -30,47 +34,38 @@ def bent(z: mx.array, t: mx.array) -> mx.array:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("steps", "substeps"), [(16, 2), (8, 4), (4, 2), (2, 2), (1, 2)])
-def test_a_student_step_with_the_target_lands_on_the_teachers_end(
+def test_a_student_student_step_the_target_lands_on_the_teachers_end(
     schedule: NoiseSchedule, steps: int, substeps: int
 ) -> None:
-    interval = Interval(steps, substeps)
-    index = mx.arange(steps).astype(mx.int32)
-    z = noisy(schedule, interval, index)
-    wanted = distillation_target(bent, z, index, interval, schedule)
-    landed = step_with(wanted, z, index, interval, schedule)
-    end = teacher_walk(bent, z, index, interval, schedule)
+    times = times_of(Interval(steps, substeps), range(steps))
+    z = noisy(schedule, times)
+    wanted = distillation_target(bent, z, times, schedule)
+    landed = student_step(wanted, z, times, schedule)
+    end = teacher_walk(bent, z, times, schedule)
     assert float(mx.abs(landed - end).max()) <= 1e-5
-    one_step = ddim_step_of(bent, z, index, interval, schedule)
+    one_step = student_step(bent(z, times[:, 0]), z, times, schedule)
     assert float(mx.abs(one_step - end).max()) > 1e-3  # the identity is not vacuous: one teacher step goes elsewhere
-
-
-def ddim_step_of(denoise, z, index, interval, schedule):
-    t = interval.start(index)
-    return step_with(denoise(z, t), z, index, interval, schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("substeps", [2, 4])
 def test_in_the_last_interval_the_target_is_the_teachers_last_estimate(schedule: NoiseSchedule, substeps: int) -> None:
-    interval = Interval(8, substeps)
-    index = mx.zeros((5,), dtype=mx.int32)
-    z = noisy(schedule, interval, index)
+    times = times_of(Interval(8, substeps), [0] * 5)
+    z = noisy(schedule, times)
     seen: list[mx.array] = []
 
     def denoise(z: mx.array, t: mx.array) -> mx.array:
         seen.append(bent(z, t))
         return seen[-1]
 
-    wanted = distillation_target(denoise, z, index, interval, schedule)
+    wanted = distillation_target(denoise, z, times, schedule)
     assert len(seen) == substeps
     assert mx.array_equal(wanted, seen[-1])
 
 
 @pytest.mark.parametrize(("steps", "substeps"), [(8, 4), (8, 2), (3, 2), (7, 2)])
 def test_the_grid_has_no_zero_time_to_evaluate_and_ends_at_exactly_zero(steps: int, substeps: int) -> None:
-    interval = Interval(steps, substeps)
-    index = mx.arange(steps).astype(mx.int32)
-    times = np.array([np.array(interval.substep(index, k)) for k in range(substeps + 1)])  # (K + 1, N)
+    times = np.array(times_of(Interval(steps, substeps), range(steps))).T  # (K + 1, N), as the network sees them
     assert (times[:-1] > 0).all()
     assert times[-1, 0] == 0.0
     np.testing.assert_allclose(times[0], (np.arange(steps) + 1) / steps, rtol=1e-6)
@@ -80,29 +75,29 @@ def test_the_grid_has_no_zero_time_to_evaluate_and_ends_at_exactly_zero(steps: i
 
 def test_the_teachers_walk_is_ddim() -> None:
     """All intervals from the top, one after another, are the DDIM sampler on the fine grid."""
-    schedule, interval = Cosine(), Interval(4, 2)
+    schedule = Cosine()
     denoise = gaussian_denoiser(schedule, 0.5)
     z = mx.random.normal((6, 4, 4, 1), key=rng.key(0, "z"))
     sampled = ddim(denoise, z, np.arange(8, -1, -1) / 8, schedule)
     for i in (3, 2, 1, 0):
-        z = teacher_walk(denoise, z, mx.full((6,), i, dtype=mx.int32), interval, schedule)
+        z = teacher_walk(denoise, z, times_of(Interval(4, 2), [i] * 6), schedule)
     assert float(mx.abs(z - sampled).max()) < 1e-5
 
 
 def test_no_gradient_reaches_the_teacher() -> None:
-    schedule, interval, index = Cosine(), Interval(4, 2), mx.array([0, 3])
-    z = noisy(schedule, interval, index)
+    schedule, times = Cosine(), times_of(Interval(4, 2), [0, 3])
+    z = noisy(schedule, times)
 
     def loss(scale: mx.array) -> mx.array:
-        return distillation_target(lambda z, t: scale * bent(z, t), z, index, interval, schedule).sum()
+        return distillation_target(lambda z, t: scale * bent(z, t), z, times, schedule).sum()
 
     assert float(mx.grad(loss)(mx.array(1.0))) == 0.0
 
 
 def test_steps_meet_the_oracle_of_a_gaussian() -> None:
     """For N(0, s²) everything is linear, so the target is a known multiple of z: check it against float64 by hand."""
-    schedule, interval = Cosine(), Interval(2, 2)
-    s, index = 0.5, mx.array([1])
+    schedule, times = Cosine(), times_of(Interval(2, 2), [1])
+    s = 0.5
     z = mx.ones((1, 1, 1, 1))
     t, m, e = (np.float64(v) for v in (1.0, 0.75, 0.5))
 
@@ -114,7 +109,7 @@ def test_steps_meet_the_oracle_of_a_gaussian() -> None:
     end = gain(t, m) * gain(m, e)
     (alpha, sigma), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(e)
     expected = (end - sigma_s / sigma) / (alpha_s - sigma_s / sigma * alpha)
-    found = distillation_target(gaussian_denoiser(schedule, s), z, index, interval, schedule)
+    found = distillation_target(gaussian_denoiser(schedule, s), z, times, schedule)
     assert float(found.item()) == pytest.approx(float(expected), rel=1e-5)
 
 
