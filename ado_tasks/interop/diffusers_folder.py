@@ -1,10 +1,10 @@
 """Models as Diffusers folders: what is written here loads there, what was saved there loads here.
 
-    model_index.json                                  the pipeline and the classes of its parts
-    unet/config.json                                  UNet2DConfig
-    unet/diffusion_pytorch_model.safetensors          weights, by Diffusers' names
-    scheduler/scheduler_config.json                   the noise schedule, by Diffusers' words
-    ado.json                                          what was done to the model, and the SHA-256 of the files above
+- model_index.json: the pipeline and the classes of its parts
+- unet/config.json: `UNet2DConfig`
+- unet/diffusion_pytorch_model.safetensors: weights, by Diffusers' names
+- scheduler/scheduler_config.json: the noise schedule, in Diffusers' words
+- ado.json: what was done to the model, and the SHA-256 of the files above
 """
 
 from collections.abc import Mapping
@@ -37,9 +37,7 @@ class StoredModel:
     record: dict[str, Any]  # what was done to the model; empty for a folder that Diffusers wrote
 
 
-def write_model(
-    folder: Path, unet: UNet2D, scheduler_config: Mapping[str, Any], record: Mapping[str, Any]
-) -> None:
+def write_model(folder: Path, unet: UNet2D, scheduler_config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Write a model as a Diffusers folder, atomically. The same arguments give the same bytes.
 
     Args:
@@ -54,12 +52,14 @@ def write_model(
     """
     scheduler = scheduler_config.get("_class_name")
     if not isinstance(scheduler, str):
-        raise ConfigError(f"scheduler_config._class_name: {scheduler!r}; allowed: a Diffusers scheduler such as DDIMScheduler")
+        raise ConfigError(f"scheduler_config._class_name: {scheduler!r}; allowed: a scheduler such as DDIMScheduler")
     if SUMS in record:
         raise ConfigError(f"record.{SUMS}: the key is taken by the checksums of the folder's files")
     with atomic_folder(folder) as partial:
+        # DDIMPipeline turns whatever scheduler it is given into a DDIMScheduler; DDPMPipeline keeps it.
+        pipeline = "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
         index = {"scheduler": ["diffusers", scheduler], "unet": ["diffusers", CLASS_NAME]}
-        write_json(partial / INDEX, {"_class_name": "DDIMPipeline", "_diffusers_version": DIFFUSERS_VERSION, **index})
+        write_json(partial / INDEX, {"_class_name": pipeline, "_diffusers_version": DIFFUSERS_VERSION, **index})
         config = {"_diffusers_version": DIFFUSERS_VERSION, **unet.config.to_dict()}
         write_json(partial / "unet" / CONFIG, config)
         weights = to_diffusers(flat_parameters(unet))
@@ -117,7 +117,7 @@ def _checked_record(folder: Path) -> dict[str, Any]:
     for name, expected in sums.items():
         found = sha256_file(_inside(folder, name))
         if found != expected:
-            raise ArtifactError(f"{folder / name}: SHA-256 {found}, expected {expected}: damaged or changed since it was written")
+            raise ArtifactError(f"{folder / name}: SHA-256 {found}, expected {expected}: damaged or changed")
     return record
 
 

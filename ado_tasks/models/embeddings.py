@@ -12,9 +12,10 @@ LONGEST_PERIOD = 10_000  # Vaswani et al. 2017, section 3.5; Diffusers' max_peri
 
 
 class Timesteps(nn.Module):
-    """Sines and cosines of t·f_k with f_k = 10000^(-k / (d/2 - freq_shift)), k < d/2 (Vaswani et al. 2017, section 3.5)."""
+    """Sines and cosines of t·f_k, f_k = 10000^(−k / (d/2 − freq_shift)), k < d/2 (Vaswani et al. 2017, section 3.5)."""
 
-    def __init__(self, width: int, flip_sin_to_cos: bool, freq_shift: int):
+    def __init__(self, width: int, flip_sin_to_cos: bool, freq_shift: int) -> None:
+        """`width` is d. An odd one is filled up with a zero, as in Diffusers."""
         super().__init__()
         half = width // 2
         # In float32 and in this order: what PyTorch computes, so that t near 1000 turns by the same angle.
@@ -33,14 +34,17 @@ class Timesteps(nn.Module):
 class GaussianFourierProjection(nn.Module):
     """Sines and cosines of 2π w log(t) with fixed random w ~ N(0, 16²) (Song et al. 2021, NCSN++)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
+        """Zero frequencies, until initialised or loaded."""
         super().__init__()
         self.weight = mx.zeros((width,))
-        self.freeze()  # drawn once, stored with the model, never trained
+        self.freeze()
 
     def __call__(self, timestep: mx.array) -> mx.array:
         """(B,) to (B, 2·width), float32. t must be positive."""
-        angle = mx.log(timestep.astype(mx.float32))[:, None] * self.weight.astype(mx.float32) * 2 * math.pi
+        # Drawn once and never trained: no gradient either, for those who differentiate in all parameters.
+        frequencies = mx.stop_gradient(self.weight.astype(mx.float32))
+        angle = mx.log(timestep.astype(mx.float32))[:, None] * frequencies * 2 * math.pi
         return mx.concatenate([mx.sin(angle), mx.cos(angle)], axis=-1)
 
 
@@ -55,7 +59,8 @@ class LearnedTimesteps(Embedding):
 class TimestepEmbedding(nn.Module):
     """Linear, SiLU, linear."""
 
-    def __init__(self, in_features: int, width: int):
+    def __init__(self, in_features: int, width: int) -> None:
+        """`width` is that of the hidden layer and of the result."""
         super().__init__()
         self.linear_1 = Linear(in_features, width)
         self.linear_2 = Linear(width, width)

@@ -1,4 +1,4 @@
-"""First weights, as PyTorch and Diffusers draw them, each parameter from a key of its own name, so that order is nothing."""
+"""First weights, as PyTorch and Diffusers draw them: each parameter from a key of its own name, so order is nothing."""
 
 import hashlib
 import math

@@ -1,7 +1,7 @@
 """The smallest parts of a U-Net: layers made of zeros and ones (never of random numbers), named as PyTorch names them.
 
-`nn.Linear` and `nn.Conv2d` of MLX draw their first weights from the global generator; these do not, so building a network
-moves no random state. `initialise.py` fills them. The arithmetic is in `ops.py`.
+`nn.Linear` and `nn.Conv2d` of MLX draw their first weights from the global generator; these do not, so building a
+network moves no random state. `initialise.py` fills them. The arithmetic is in `ops.py`.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,9 @@ from ado_tasks.models import ops
 class Linear(nn.Linear):
     """y = x Wᵀ + b with W (out, in); zeros until initialised."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        nn.Module.__init__(self)  # not nn.Linear's: it draws from the global generator
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        """Zeros. Not by nn.Linear's own constructor, which draws from the global generator."""
+        nn.Module.__init__(self)
         self.weight = mx.zeros((out_features, in_features))
         if bias:
             self.bias = mx.zeros((out_features,))
@@ -24,22 +25,31 @@ class Linear(nn.Linear):
 class Conv2d(nn.Module):
     """Convolution of (B, H, W, in) with a square kernel (out, k, k, in); zeros until initialised."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = True):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int = 0, bias: bool = True
+    ) -> None:
+        """Zeros. `kernel` is the side of the square, `padding` the zeros on each of the four sides."""
         super().__init__()
         self.stride, self.padding = stride, padding
         self.weight = mx.zeros((out_channels, kernel, kernel, in_channels))
         if bias:
             self.bias = mx.zeros((out_channels,))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, H, W, in) to (B, H', W', out)."""
-        return ops.conv2d(x, self.weight, self.get("bias"), stride=self.stride, padding=self.padding)
+    def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
+        """(B, H, W, in) to (B, H', W', out); a `shift` (B, out) is added to every pixel of its image, bias and all."""
+        bias = self.get("bias")
+        if shift is None:
+            return ops.conv2d(x, self.weight, bias, stride=self.stride, padding=self.padding)
+        # One pass over the image instead of two, and in the gradient too.
+        shift = shift if bias is None else shift + bias
+        return ops.conv2d(x, self.weight, None, stride=self.stride, padding=self.padding) + shift[:, None, None, :]
 
 
 class GroupNorm(nn.Module):
     """Group normalisation as PyTorch defines it, over the last axis of (B, ..., C)."""
 
-    def __init__(self, groups: int, channels: int, eps: float):
+    def __init__(self, groups: int, channels: int, eps: float) -> None:
+        """Weight one, bias zero. Raises ConfigError where the groups do not divide the channels."""
         super().__init__()
         check_groups(groups, channels, "GroupNorm")
         self.groups, self.eps = groups, eps
@@ -54,7 +64,8 @@ class GroupNorm(nn.Module):
 class LayerNorm(nn.Module):
     """Holds the weight and bias of a layer norm that Diffusers stores and, without a text encoder, never applies."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
+        """Weight one, bias zero."""
         super().__init__()
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
@@ -63,7 +74,8 @@ class LayerNorm(nn.Module):
 class Embedding(nn.Module):
     """Rows of a table (count, width) chosen by integers (B,); zeros until initialised."""
 
-    def __init__(self, count: int, width: int):
+    def __init__(self, count: int, width: int) -> None:
+        """Zeros, (count, width)."""
         super().__init__()
         self.weight = mx.zeros((count, width))
 
@@ -75,7 +87,9 @@ class Embedding(nn.Module):
 def check_groups(groups: int, channels: int, where: str) -> None:
     """Raise ConfigError where `channels` cannot be split into `groups` equal parts."""
     if groups < 1 or channels % groups:
-        raise ConfigError(f"{where}: {groups} groups do not divide {channels} channels; allowed: a divisor of {channels}")
+        raise ConfigError(
+            f"{where}: {groups} norm groups do not divide {channels} channels; allowed: a divisor of {channels}"
+        )
 
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -93,12 +107,13 @@ class DropoutKeys:
     Without a key nothing is dropped. The same key gives the same masks, which consistency training relies on.
     """
 
-    def __init__(self, key: mx.array | None, count: int):
+    def __init__(self, key: mx.array | None, count: int) -> None:
+        """`count` is how often a forward pass may drop."""
         self._keys = None if key is None or count == 0 else mx.random.split(key, count)
         self._next = 0
 
     def drop(self, x: mx.array, probability: float) -> mx.array:
-        """x with each element zeroed with `probability`, the others scaled to keep the mean."""
+        """Each element of x zeroed with `probability`, the others scaled to keep the mean."""
         if self._keys is None or probability == 0:
             return x
         key = self._keys[self._next]

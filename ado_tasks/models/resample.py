@@ -1,4 +1,4 @@
-"""Halving and doubling the height and width of (B, H, W, C): strided or averaged, repeated, and with a smooth filter."""
+"""Halving and doubling height and width of (B, H, W, C): strided or averaged, repeated, and with a smooth filter."""
 
 from typing import Literal
 
@@ -12,7 +12,8 @@ Edge = Literal["zero", "reflect"]
 class Downsample2D(nn.Module):
     """3x3 convolution of stride 2. Padding 0 means: one row below and one column to the right, as Diffusers has it."""
 
-    def __init__(self, channels: int, padding: int):
+    def __init__(self, channels: int, padding: int) -> None:
+        """`padding` is 0 or 1."""
         super().__init__()
         self.padding = padding
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
@@ -25,7 +26,8 @@ class Downsample2D(nn.Module):
 class Upsample2D(nn.Module):
     """Each pixel repeated, then a 3x3 convolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
+        """The convolution keeps the number of channels."""
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
@@ -41,16 +43,17 @@ def average_pool(x: mx.array) -> mx.array:
 
 
 def smooth_down(x: mx.array, edge: Edge) -> mx.array:
-    """Filter with (1, 3, 3, 1)/8 along both axes and keep every second pixel: y_i = (x_2i-1 + 3 x_2i + 3 x_2i+1 + x_2i+2)/8.
+    """Filter with (1, 3, 3, 1)/8 along both axes and keep every second pixel.
 
-    Karras et al. 2019 (StyleGAN2) call it FIR resampling. Diffusers convolves a padded image; sums of shifted views
-    are the same numbers without a strided convolution, whose input gradient is slow on a CPU.
+    y_i = (x_(2i−1) + 3 x_(2i) + 3 x_(2i+1) + x_(2i+2))/8: the FIR resampling of StyleGAN2 (Karras et al. 2020).
+    Diffusers convolves a padded image; sums of shifted views are the same numbers without a strided convolution, whose
+    input gradient is slow on a CPU.
     """
     return _halve(_halve(x, 1, edge), 2, edge)
 
 
 def smooth_up(x: mx.array, edge: Edge) -> mx.array:
-    """The transpose filter times 4: y_2i = (x_i-1 + 3 x_i)/4 and y_2i+1 = (3 x_i + x_i+1)/4 along both axes."""
+    """The transposed filter, times two an axis: y_(2i) = (x_(i−1) + 3 x_i)/4 and y_(2i+1) = (3 x_i + x_(i+1))/4."""
     return _double(_double(x, 1, edge), 2, edge)
 
 
@@ -70,7 +73,7 @@ def _halve(x: mx.array, axis: int, edge: Edge) -> mx.array:
     padded = _padded(x, axis, edge)
     half = x.shape[axis] // 2
     pairs = padded.reshape(*x.shape[:axis], half + 1, 2, *x.shape[axis + 1 :])
-    odd, even = mx.split(pairs, 2, axis=axis + 1)  # x_2i-1 and x_2i
+    odd, even = mx.split(pairs, 2, axis=axis + 1)  # x_(2i−1) and x_(2i)
     odd, even = mx.squeeze(odd, axis + 1), mx.squeeze(even, axis + 1)
     outer = _part(odd, axis, 0, half) + _part(even, axis, 1, half + 1)
     inner = _part(even, axis, 0, half) + _part(odd, axis, 1, half + 1)

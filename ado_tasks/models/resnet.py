@@ -39,7 +39,7 @@ class BlockOptions:
 class ResnetBlock2D(nn.Module):
     """h = conv2(drop(act(norm2(conv1(act(norm1 x)) + W act(emb))))); (x or its 1x1 projection + h) / output_scale.
 
-    With scale_shift the embedding gives s, b and norm2(·)(1 + s) + b replaces the sum (Dhariwal and Nichol 2021, AdaGN).
+    With scale_shift the embedding gives s, b and norm2(·)(1 + s) + b replaces the sum (AdaGN, Dhariwal & Nichol 2021).
     A resampling block resizes both x and act(norm1 x) before the first convolution.
     """
 
@@ -53,9 +53,11 @@ class ResnetBlock2D(nn.Module):
         groups_out: int | None = None,
         resample: Resample | None = None,
         project: bool | None = None,
-    ):
+    ) -> None:
+        """`groups_out` are the second norm's, by default as the first's; `project` forces the 1x1 projection."""
         super().__init__()
-        self.options, self.resample = options, resample
+        self.options = options
+        self.resample: Resample | None = resample
         self.norm1 = GroupNorm(groups, in_channels, options.eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = Linear(options.embedding, out_channels * (2 if options.scale_shift else 1))
@@ -70,13 +72,12 @@ class ResnetBlock2D(nn.Module):
         hidden = activate(self.norm1(x))
         if self.resample is not None:
             x, hidden = _resampled(x, self.resample), _resampled(hidden, self.resample)
-        hidden = self.conv1(hidden)
-        embedding = self.time_emb_proj(condition.activated)[:, None, None, :]
+        embedding = self.time_emb_proj(condition.activated)
         if self.options.scale_shift:
-            scale, shift = mx.split(embedding, 2, axis=-1)
-            hidden = self.norm2(hidden) * (1 + scale) + shift
+            scale, shift = mx.split(embedding[:, None, None, :], 2, axis=-1)
+            hidden = self.norm2(self.conv1(hidden)) * (1 + scale) + shift
         else:
-            hidden = self.norm2(hidden + embedding)
+            hidden = self.norm2(self.conv1(hidden, shift=embedding))
         hidden = self.conv2(condition.dropout.drop(activate(hidden), self.options.dropout))
         if "conv_shortcut" in self:
             x = self.conv_shortcut(x)
@@ -96,7 +97,7 @@ def _rescaled(x: mx.array, divisor: float) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Every pixel attends to every pixel: x + W_o softmax(q kᵀ/√d) v of the (group-normalised) x, over heads of width d.
+    """Every pixel attends to every pixel: x + W_o softmax(q kᵀ/√d) v of the normalised x, over heads of width d.
 
     Where d does not divide the channels the projections are narrower than x, as in Diffusers.
     """
@@ -111,7 +112,8 @@ class Attention(nn.Module):
         output_scale: float = 1.0,
         residual: bool = True,
         stored_cross_norm: bool = False,
-    ):
+    ) -> None:
+        """Without `norm_groups` there is no norm; `stored_cross_norm` adds the weights of one that is never applied."""
         super().__init__()
         self.heads, self.head_width = channels // head_width, head_width
         self.output_scale, self.residual = output_scale, residual
@@ -145,7 +147,8 @@ class Attention(nn.Module):
 class AdaGroupNorm(nn.Module):
     """Group norm without weights of its own, scaled and shifted by the embedding: norm(x)(1 + s) + b."""
 
-    def __init__(self, embedding: int, channels: int, groups: int, eps: float):
+    def __init__(self, embedding: int, channels: int, groups: int, eps: float) -> None:
+        """`embedding` is the width of the embedding."""
         super().__init__()
         check_groups(groups, channels, "AdaGroupNorm")
         self.groups, self.eps = groups, eps
@@ -155,7 +158,8 @@ class AdaGroupNorm(nn.Module):
     def __call__(self, x: mx.array, embedding: mx.array) -> mx.array:
         """Same shape as x (B, H, W, C)."""
         scale, shift = mx.split(self.linear(embedding)[:, None, None, :], 2, axis=-1)
-        return ops.group_norm(x, self.groups, self._one, self._zero, self.eps) * (1 + scale) + shift
+        one, zero = self._one.astype(x.dtype), self._zero.astype(x.dtype)
+        return ops.group_norm(x, self.groups, one, zero, self.eps) * (1 + scale) + shift
 
 
 class ResnetBlockCondNorm2D(nn.Module):
@@ -170,7 +174,8 @@ class ResnetBlockCondNorm2D(nn.Module):
         groups: int,
         groups_out: int,
         last_channels: int | None = None,
-    ):
+    ) -> None:
+        """`last_channels` leave the block, `out_channels` the first convolution; by default they are the same."""
         super().__init__()
         self.options = options
         last = last_channels or out_channels

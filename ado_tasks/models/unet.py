@@ -19,7 +19,8 @@ class UNet2D(nn.Module):
     convolutions, class embedding) do not exist, so the parameters are exactly those of Diffusers' model.
     """
 
-    def __init__(self, config: UNet2DConfig):
+    def __init__(self, config: UNet2DConfig) -> None:
+        """Build what the configuration says."""
         super().__init__()
         self.config = config
         first = config.block_out_channels[0]
@@ -48,6 +49,7 @@ class UNet2D(nn.Module):
             _up_block(config, kind, level, options)
             for kind, level in zip(map(block_kind, config.up_block_types), up_levels(config), strict=True)
         ]
+        self._taken = tuple(level.layers for level in up_levels(config))  # states each up block takes
         self.conv_norm_out = GroupNorm(config.groups_out, first, config.norm_eps)
         self.conv_out = Conv2d(first, config.out_channels, 3, padding=1)
         self._dropouts = sum(isinstance(module, ResnetBlock2D | ResnetBlockCondNorm2D) for module in self.modules())
@@ -99,7 +101,7 @@ class UNet2D(nn.Module):
                 f"with height and width multiples of {multiple}"
             )
         if tuple(timestep.shape) != (x.shape[0],):
-            raise ConfigError(f"UNet2D: timestep of shape {tuple(timestep.shape)}; allowed: ({x.shape[0]},), one an image")
+            raise ConfigError(f"UNet2D: timestep of shape {tuple(timestep.shape)}; allowed: ({x.shape[0]},)")
         if self.config.has_classes != (class_labels is not None):
             raise ConfigError(
                 "UNet2D: class_labels must be given: the model has classes"
@@ -111,10 +113,11 @@ class UNet2D(nn.Module):
         embedding = self.time_embedding(self.time_proj(timestep))
         if class_labels is None:
             return embedding
+        if self.config.class_embed_type == "identity":
+            return embedding + class_labels.astype(embedding.dtype)
         if self.config.class_embed_type == "timestep":
-            class_labels = self.time_proj(class_labels)
-        added = class_labels if self.config.class_embed_type == "identity" else self.class_embedding(class_labels)
-        return embedding + added.astype(embedding.dtype)
+            return embedding + self.class_embedding(self.time_proj(class_labels))
+        return embedding + self.class_embedding(class_labels)
 
     def _blocks(self, x: mx.array, condition: Condition) -> tuple[mx.array, mx.array | None]:
         """Down, middle and up. Returns the features and, from Skip blocks, the painted image."""
@@ -126,8 +129,7 @@ class UNet2D(nn.Module):
         if "mid_block" in self:
             hidden = self.mid_block(hidden, condition)
         painted = None
-        for block in self.up_blocks:
-            count = len(block.resnets)
+        for block, count in zip(self.up_blocks, self._taken, strict=True):
             hidden, painted = block(hidden, states[-count:], painted, condition)
             states = states[:-count]
         return hidden, painted

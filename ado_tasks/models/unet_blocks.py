@@ -1,8 +1,8 @@
 """The levels of `UNet2DModel`: blocks that go down, the middle, and blocks that go up.
 
-Every down block is called as (x, skip, condition) and returns (x, states, skip); every up block as (x, states, skip, condition)
-and returns (x, skip). `skip` is the small image that the Skip blocks (NCSN++, Song et al. 2021) pass along beside the features;
-the others leave it as it is.
+A down block is called as (x, skip, condition) and returns (x, states, skip); an up block as (x, states, skip,
+condition) and returns (x, skip). `skip` is the small image that the Skip blocks (NCSN++, Song et al. 2021) pass along
+beside the features; the others leave it as it is.
 """
 
 import math
@@ -29,7 +29,8 @@ States = tuple[mx.array, ...]
 class DownBlock2D(nn.Module):
     """Residual blocks, each with attention or not, then a strided convolution or a residual block that averages."""
 
-    def __init__(self, level: Level, options: BlockOptions, *, attention: bool, resize_by: str):
+    def __init__(self, level: Level, options: BlockOptions, *, attention: bool, resize_by: str) -> None:
+        """`resize_by` is "conv" or "resnet"."""
         super().__init__()
         widths = [level.in_channels, *[level.out_channels] * level.layers]
         out, groups = level.out_channels, level.groups
@@ -37,11 +38,10 @@ class DownBlock2D(nn.Module):
         if attention:
             self.attentions = [_attention(level, options, groups) for _ in self.resnets]
         if level.resize:
-            by_resnet = resize_by == "resnet"
-            resize = (
-                ResnetBlock2D(out, out, options, groups, resample="down") if by_resnet else Downsample2D(out, level.padding)
-            )
-            self.downsamplers = [resize]
+            if resize_by == "resnet":
+                self.downsamplers = [ResnetBlock2D(out, out, options, groups, resample="down")]
+            else:
+                self.downsamplers = [Downsample2D(out, level.padding)]
 
     def __call__(self, x: mx.array, skip: mx.array, condition: Condition) -> tuple[mx.array, States, mx.array]:
         """(B, H, W, in) to (B, H/2, W/2, out) and the states the way up will need."""
@@ -60,15 +60,18 @@ class DownBlock2D(nn.Module):
 class UpBlock2D(nn.Module):
     """The states of the way down joined in, residual blocks with attention or not, then twice the size."""
 
-    def __init__(self, level: Level, options: BlockOptions, *, attention: bool, resize_by: str):
+    def __init__(self, level: Level, options: BlockOptions, *, attention: bool, resize_by: str) -> None:
+        """`resize_by` is "conv" or "resnet"."""
         super().__init__()
         out, groups = level.out_channels, level.groups
         self.resnets = [ResnetBlock2D(width, out, options, groups) for width in joined_widths(level)]
         if attention:
             self.attentions = [_attention(level, options, groups) for _ in self.resnets]
         if level.resize:
-            by_resnet = resize_by == "resnet"
-            self.upsamplers = [ResnetBlock2D(out, out, options, groups, resample="up") if by_resnet else Upsample2D(out)]
+            if resize_by == "resnet":
+                self.upsamplers = [ResnetBlock2D(out, out, options, groups, resample="up")]
+            else:
+                self.upsamplers = [Upsample2D(out)]
 
     def __call__(
         self, x: mx.array, states: States, skip: mx.array | None, condition: Condition
@@ -95,14 +98,14 @@ class UNetMidBlock2D(nn.Module):
         attention: bool,
         attention_groups: int | None,
         head_width: int,
-    ):
+    ) -> None:
+        """`attention_groups` none leaves out the norm of the attention."""
         super().__init__()
         self.resnets = [ResnetBlock2D(channels, channels, options, groups) for _ in range(2)]
         if attention:
+            scale = options.output_scale
             self.attentions = [
-                Attention(
-                    channels, head_width, norm_groups=attention_groups, eps=options.eps, output_scale=options.output_scale
-                )
+                Attention(channels, head_width, norm_groups=attention_groups, eps=options.eps, output_scale=scale)
             ]
 
     def __call__(self, x: mx.array, condition: Condition) -> mx.array:
@@ -116,7 +119,8 @@ class UNetMidBlock2D(nn.Module):
 class SkipDownBlock2D(nn.Module):
     """As DownBlock2D, beside a smoothly halved copy of the image whose projection is added in (NCSN++)."""
 
-    def __init__(self, level: Level, options: BlockOptions, *, attention: bool):
+    def __init__(self, level: Level, options: BlockOptions, *, attention: bool) -> None:
+        """`attention` makes it Diffusers' AttnSkip block."""
         super().__init__()
         options = options.scaled(SKIP_SCALE)
         widths = [level.in_channels, *[level.out_channels] * level.layers]
@@ -152,7 +156,8 @@ class SkipUpBlock2D(nn.Module):
     With attention there is one after the last residual block, not one after each.
     """
 
-    def __init__(self, level: Level, options: BlockOptions, *, attention: bool):
+    def __init__(self, level: Level, options: BlockOptions, *, attention: bool) -> None:
+        """`attention` makes it Diffusers' AttnSkip block."""
         super().__init__()
         options = options.scaled(SKIP_SCALE)
         out = level.out_channels

@@ -21,7 +21,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class UNet2DConfig:
     """What a U-Net looks like. Names, meanings and defaults are Diffusers'."""
 
-    sample_size: Positive | tuple[Positive, Positive] | None = None  # height and width it was made for; any multiple works
+    sample_size: Positive | tuple[Positive, Positive] | None = None  # height and width; others work too
     in_channels: Positive = 3  # of the image that comes in
     out_channels: Positive = 3  # of the prediction
     center_input_sample: bool = False  # take 2x − 1 first
@@ -29,9 +29,9 @@ class UNet2DConfig:
     time_embedding_dim: Positive | None = None  # width of the time embedding; none = 4 × the first channels
     freq_shift: int = 0  # taken off the count of frequencies in their spacing
     flip_sin_to_cos: bool = True  # cosines before sines
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")  # one a level
+    down_block_types: tuple[str, ...] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)  # one a level
     mid_block_type: Literal["UNetMidBlock2D"] | None = "UNetMidBlock2D"  # none leaves the middle out
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")  # deepest first
+    up_block_types: tuple[str, ...] = (*["AttnUpBlock2D"] * 3, "UpBlock2D")  # one a level, deepest first
     block_out_channels: tuple[Positive, ...] = (224, 448, 672, 896)  # channels of each level
     layers_per_block: Positive = 2  # residual blocks a level (one more on the way up)
     mid_block_scale_factor: Annotated[float, Field(gt=0)] = 1.0  # the middle's outputs are divided by it
@@ -44,12 +44,12 @@ class UNet2DConfig:
     norm_num_groups: Positive | None = 32  # of the group norms; none only where all blocks have their own rule
     attn_norm_num_groups: Positive | None = None  # of the middle's attention
     norm_eps: Annotated[float, Field(ge=0)] = 1e-5  # of the group norms
-    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"  # the embedding is added, or scales and shifts
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"  # the embedding adds, or scales and shifts
     add_attention: bool = True  # in the middle
-    class_embed_type: Literal["timestep", "identity"] | None = None  # how a class is read; none = a table, if counted below
+    class_embed_type: Literal["timestep", "identity"] | None = None  # how a class is read; none = from a table, if any
     num_class_embeds: Positive | None = None  # rows of the table of classes
     num_train_timesteps: Positive | None = None  # rows of a learned table of timesteps
-    carried: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)  # `_` keys of a config.json, kept as read
+    carried: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)  # `_` keys of a config.json
 
     def __post_init__(self) -> None:
         """Check what concerns several fields. Raises ConfigError."""
@@ -58,7 +58,8 @@ class UNet2DConfig:
         self._check_time()
         if self.norm_num_groups is not None and self.block_out_channels[0] % self.norm_num_groups:
             raise ConfigError(
-                f"norm_num_groups: {self.norm_num_groups}; allowed: a divisor of all block_out_channels {self.block_out_channels}"
+                f"norm_num_groups: {self.norm_num_groups}; allowed: a divisor of all block_out_channels "
+                f"{self.block_out_channels}"
             )
         check_layout(self)
 
@@ -82,14 +83,14 @@ class UNet2DConfig:
                 raise ConfigError(f"{field}: {len(names)} given; allowed: {levels}, as many as block_out_channels")
         sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size or self.size_multiple,)
         if any(size % self.size_multiple for size in sizes):
-            raise ConfigError(f"sample_size: {self.sample_size}; allowed: multiples of {self.size_multiple} (2^(levels − 1))")
+            raise ConfigError(f"sample_size: {self.sample_size}; allowed: multiples of {self.size_multiple}")
 
     def _check_time(self) -> None:
         if self.time_embedding_type == "learned" and self.num_train_timesteps is None:
             raise ConfigError("num_train_timesteps: none; allowed: a count, with time_embedding_type 'learned'")
         if self.time_embedding_type == "positional" and self.block_out_channels[0] // 2 == self.freq_shift:
             raise ConfigError(
-                f"freq_shift: {self.freq_shift} is half of block_out_channels[0], which divides by zero; allowed: any other"
+                f"freq_shift: {self.freq_shift} is half of block_out_channels[0], a division by zero; allowed: another"
             )
 
     @property
@@ -121,10 +122,9 @@ class UNet2DConfig:
         """
         if values.get("_class_name", CLASS_NAME) != CLASS_NAME:
             raise ConfigError(f"{where}._class_name: {values['_class_name']!r} is not allowed; allowed: {CLASS_NAME!r}")
-        fields = [field.name for field in dataclasses.fields(cls) if field.name != "carried"]
-        unknown = [name for name in values if name not in fields and not name.startswith("_")]
+        unknown = [name for name in values if name not in FIELDS and not name.startswith("_")]
         if unknown:
-            raise ConfigError(f"{where}.{unknown[0]}: unknown key; allowed here: {', '.join(fields)}")
+            raise ConfigError(f"{where}.{unknown[0]}: unknown key; allowed here: {', '.join(FIELDS)}")
         plain = {name: value for name, value in values.items() if not name.startswith("_")}
         kept = {name: value for name, value in values.items() if name.startswith("_")}
         try:
@@ -135,6 +135,9 @@ class UNet2DConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` holds: every field, tuples as lists, kept keys first."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "carried"}
+        fields = {name: getattr(self, name) for name in FIELDS}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
         return {"_class_name": CLASS_NAME, **self.carried, **plain}
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(UNet2DConfig) if field.name != "carried")

@@ -6,7 +6,7 @@
 from ado_tasks.backend import mx, nn
 from ado_tasks.models.resample import smooth_down, smooth_up
 from ado_tasks.models.resnet import AdaGroupNorm, Attention, BlockOptions, Condition, ResnetBlockCondNorm2D
-from ado_tasks.models.unet_layout import K_GROUP_WIDTH, Level
+from ado_tasks.models.unet_layout import K_GROUP_WIDTH, Level, k_up_alone
 
 NORM_EPS = 1e-5  # of the attention blocks' norms, which norm_eps does not reach; Diffusers' AdaGroupNorm default
 
@@ -16,7 +16,8 @@ KStates = tuple[mx.array | None, ...]
 class KAttentionBlock(nn.Module):
     """x + attention(norm(x, emb)), once or (with `twice`) two times over."""
 
-    def __init__(self, channels: int, head_width: int, embedding: int, *, twice: bool):
+    def __init__(self, channels: int, head_width: int, embedding: int, *, twice: bool) -> None:
+        """`embedding` is the width of the embedding."""
         super().__init__()
         groups = max(1, channels // K_GROUP_WIDTH)
         if twice:
@@ -37,7 +38,8 @@ class KAttentionBlock(nn.Module):
 class KDownBlock2D(nn.Module):
     """Residual blocks, then half the size. The resized image is not among the states."""
 
-    def __init__(self, level: Level, options: BlockOptions, *, attention: bool):
+    def __init__(self, level: Level, options: BlockOptions, *, attention: bool) -> None:
+        """`attention` makes it Diffusers' KCrossAttn block."""
         super().__init__()
         out = level.out_channels
         widths = [level.in_channels, *[out] * level.layers]
@@ -66,12 +68,13 @@ class KDownBlock2D(nn.Module):
 
 
 class KUpBlock2D(nn.Module):
-    """The last state joined in, residual blocks, then twice the size. The last one changes to the next level's channels."""
+    """The last state joined in, residual blocks (the last one to the next level's channels), then twice the size."""
 
-    def __init__(self, level: Level, options: BlockOptions, *, attention: bool):
+    def __init__(self, level: Level, options: BlockOptions, *, attention: bool) -> None:
+        """`attention` makes it Diffusers' KCrossAttn block."""
         super().__init__()
         following, out, last = level.in_channels, level.out_channels, level.layers - 1
-        alone = attention and following == out == options.embedding  # Diffusers' is_first_block
+        alone = attention and k_up_alone(level, options.embedding)
         widths = [out if alone else 2 * out, *[out] * last]
         self.resnets = [
             _k_up_resnet(widths[i], out, following if i == last else out, options, attention)
@@ -97,10 +100,8 @@ class KUpBlock2D(nn.Module):
         return (smooth_up(x, "reflect") if self.resize else x), skip
 
 
-def _k_up_resnet(
-    width: int, out: int, following: int, options: BlockOptions, attention: bool
-) -> ResnetBlockCondNorm2D:
-    """With attention only the second convolution changes the channels; without, both do, but the norm keeps its groups."""
+def _k_up_resnet(width: int, out: int, following: int, options: BlockOptions, attention: bool) -> ResnetBlockCondNorm2D:
+    """With attention only the second convolution changes the channels; without, both do. The norm's groups stay."""
     return ResnetBlockCondNorm2D(
         width,
         out if attention else following,

@@ -1,7 +1,7 @@
-"""The shape of a `UNet2DModel`: what each level takes and gives, and whether the two halves fit. Numbers only, no arrays.
+"""The shape of a `UNet2DModel`: what each level takes and gives, and whether the two halves fit. Numbers, no arrays.
 
-Diffusers finds most misfits when an image first passes through the network, as a size error deep inside. Here the passage
-is walked in numbers when the configuration is made.
+Diffusers finds most misfits when an image first passes through the network, as a size error deep inside. Here the
+passage is walked in numbers when the configuration is made.
 """
 
 from dataclasses import dataclass
@@ -46,10 +46,10 @@ class Level:
 
 @dataclass(frozen=True)
 class State:
-    """What the way down hands to the way up: channels (None: withheld, by the last KCrossAttnDownBlock2D) and halvings."""
+    """What the way down hands to the way up."""
 
-    channels: int | None
-    depth: int
+    channels: int | None  # none where it is withheld: by a KCrossAttnDownBlock2D that does not halve
+    depth: int  # how often its height and width were halved
 
 
 def block_kind(name: str) -> str:
@@ -104,6 +104,11 @@ def joined_widths(level: Level) -> list[int]:
     ]
 
 
+def k_up_alone(level: Level, embedding: int) -> bool:
+    """Whether a KCrossAttnUpBlock2D joins no state and attends twice: Diffusers' is_first_block."""
+    return level.in_channels == level.out_channels == embedding
+
+
 def skip_groups(channels: int) -> int:
     """Groups of a norm in a Skip block."""
     return min(channels // 4, MOST_GROUPS)
@@ -112,8 +117,8 @@ def skip_groups(channels: int) -> int:
 def skip_up_groups(level: Level, attention: bool) -> list[int]:
     """Groups of the first norm of each residual block of a Skip up block.
 
-    Diffusers' AttnSkipUpBlock2D computes min(previous + state // 4, 32), where brackets are surely missing; stored models
-    depend on it, so it is kept.
+    Diffusers' AttnSkipUpBlock2D computes min(previous + state // 4, 32), where brackets are surely missing; stored
+    models depend on it, so it is kept.
     """
     last = level.layers - 1
     groups: list[int] = []
@@ -149,7 +154,7 @@ def _walk_down(config: "UNet2DConfig") -> tuple[list[State], int]:
             if config.in_channels != IMAGE_CHANNELS:
                 raise ConfigError(f"in_channels: {config.in_channels}, but {where} works on 3-channel images only")
             if skip_depth != depth:
-                raise ConfigError(f"{where}: a Skip block may not follow a level that has none; allowed: Skip first")
+                raise ConfigError(f"{where}: may not follow a level that is no Skip block; allowed: Skip first")
     return states, depth
 
 
@@ -171,14 +176,17 @@ def _walk_up(config: "UNet2DConfig", states: list[State], depth: int) -> None:
         kind, where = block_kind(name), f"up_block_types[{i}] ({name})"
         taken, states = states[-level.layers :], states[: -level.layers]
         if kind in K_KINDS:
-            arriving = _check_k_up(kind, level, taken[-1], State(arriving, depth), config.embedding_width, where)
+            attention = kind == "KCrossAttnUpBlock2D"
+            alone = attention and k_up_alone(level, config.embedding_width)
+            below = State(arriving, depth)
+            arriving = _check_k_up(level, taken[-1], below, where, attention=attention, alone=alone)
         else:
             _check_states(level, taken[::-1], State(arriving, depth), where)
             _check_block(kind, level, joined_widths(level), where)
             arriving = level.out_channels
         if kind in SKIP_KINDS:
             if skip_depth is not None and skip_depth - 1 != depth:
-                raise ConfigError(f"{where}: a Skip block may not follow one that has no skip image; allowed: Skip last")
+                raise ConfigError(f"{where}: may not follow a block that drops the skip image; allowed: Skip last")
             skip_depth = depth if level.resize or skip_depth is not None else None
         depth -= level.resize
     if arriving != config.block_out_channels[0]:
@@ -193,28 +201,21 @@ def _walk_up(config: "UNet2DConfig", states: list[State], depth: int) -> None:
         )
 
 
-
 def _check_states(level: Level, taken: list[State], arriving: State, where: str) -> None:
-    """A standard up block joins one state to each residual block: each must have the channels and the size it expects."""
-    last = level.layers - 1
-    expected = [State(level.in_channels if i == last else level.out_channels, arriving.depth) for i in range(level.layers)]
-    if taken != expected or arriving.channels != level.previous:
-        raise ConfigError(
-            f"{where}: does not fit what arrives from the way down; allowed: as many levels of the same family on both sides "
-            "(K blocks only with K blocks)"
-        )
+    """A standard up block joins one state to each residual block, of the channels and the size it expects."""
+    widths = [*[level.out_channels] * (level.layers - 1), level.in_channels]
+    if taken != [State(width, arriving.depth) for width in widths] or arriving.channels != level.previous:
+        raise ConfigError(f"{where}: does not fit the way down; allowed: K blocks only with K blocks on the other side")
 
 
-def _check_k_up(kind: str, level: Level, state: State, arriving: State, embedding: int, where: str) -> int:
-    """A K up block joins the last state only. Returns the channels that leave it."""
-    attention = kind == "KCrossAttnUpBlock2D"
+def _check_k_up(level: Level, state: State, arriving: State, where: str, *, attention: bool, alone: bool) -> int:
+    """A K up block joins the last state only, or (`alone`) none. Returns the channels that leave it."""
     following, out = level.in_channels, level.out_channels
-    alone = attention and following == out == embedding
-    joined = (arriving.channels or 0) + (state.channels or 0)
-    if joined != (out if alone else 2 * out) or state.depth != arriving.depth:
+    joined, expected = (arriving.channels or 0) + (state.channels or 0), out if alone else 2 * out
+    if joined != expected or state.depth != arriving.depth:
         raise ConfigError(
-            f"{where}: {joined} channels arrive, {out if alone else 2 * out} expected; allowed: K blocks on both sides, and "
-            "KCrossAttnUpBlock2D opposite a last KCrossAttnDownBlock2D only with time_embedding_dim = its channels"
+            f"{where}: {joined} channels arrive, {expected} expected; allowed: K blocks on both sides, and opposite a "
+            "last KCrossAttnDownBlock2D a KCrossAttnUpBlock2D with time_embedding_dim = its channels = the next level's"
         )
     for width in {joined, out} if level.layers > 1 else {joined}:
         _check_groups(width // K_GROUP_WIDTH, width, where)
@@ -248,9 +249,13 @@ def _check_block(kind: str, level: Level, widths: list[int], where: str) -> None
 
 def _check_groups(groups: int, channels: int, where: str) -> None:
     if groups < 1 or channels % groups:
-        raise ConfigError(f"{where}: {groups} norm groups do not divide {channels} channels; allowed: a divisor of {channels}")
+        raise ConfigError(
+            f"{where}: {groups} norm groups do not divide {channels} channels; allowed: a divisor of {channels}"
+        )
 
 
 def _check_heads(head_width: int, channels: int, where: str) -> None:
     if head_width > channels:
-        raise ConfigError(f"attention_head_dim: {head_width} in {where} of {channels} channels; allowed: at most {channels}")
+        raise ConfigError(
+            f"attention_head_dim: {head_width} in {where} of {channels} channels; allowed: at most {channels}"
+        )

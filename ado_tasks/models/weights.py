@@ -1,4 +1,4 @@
-"""Weights between Diffusers and here. Names are equal; convolution kernels lie in memory in another order. Strict both ways."""
+"""Weights between Diffusers and here: equal names, convolution kernels in another order in memory. Strict both ways."""
 
 import re
 from collections.abc import Mapping
