@@ -51,10 +51,10 @@ def features(
 ) -> FeaturesResult:
     """Train the feature network and the judge, and write both with their record.
 
-    The features are the penultimate layer of the first network (before its ReLU), each dimension standardised with its mean
-    and standard deviation over the train part. The judge has another architecture and another initialisation. A
-    dataset without classes (or with one) has no judge; its feature network learns to tell four orientations
-    apart (after RotNet, Gidaris et al. 2018), and the record says `"task": "orientation"`.
+    The features are the penultimate layer of the first network (before its ReLU), each dimension standardised with its
+    mean and standard deviation over the train part. The judge has another architecture and another initialisation. A
+    dataset without classes (or with one) has no judge; its feature network learns to tell four orientations apart
+    (after RotNet, Gidaris et al. 2018), and the record says `"task": "orientation"`.
 
     Args:
         config: see FeaturesConfig.
@@ -125,7 +125,7 @@ def _train(config: FeaturesConfig, data: Dataset, arch: Architecture, seed: int,
             weights, first, second, mx.array(images), mx.array(targets), mx.array(rate, mx.float32), corrections
         )
         mx.eval(weights, first, second)
-        if not np.isfinite(value := loss.item()):
+        if not np.isfinite(value := float(np.array(loss))):
             raise DivergenceError(f"features: the loss of the {arch.kind} network is {value} at step {number}")
         progress.step(arch.kind, number + 1, config.steps, value)
     return weights
@@ -139,7 +139,15 @@ def _adam_step(arch: Architecture) -> Callable[..., tuple[Weights, Weights, Weig
         chosen = mx.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
         return mx.mean(mx.logsumexp(scores, axis=1) - chosen)
 
-    def step(weights, first, second, images, targets, rate, corrections):
+    def step(  # noqa: PLR0917  (compiled: MLX takes arguments by position)
+        weights: Weights,
+        first: Weights,
+        second: Weights,
+        images: mx.array,
+        targets: mx.array,
+        rate: mx.array,
+        corrections: mx.array,
+    ) -> tuple[Weights, Weights, Weights, mx.array]:
         loss, gradient = mx.value_and_grad(loss_of)(weights, images, targets)
         first = {n: ADAM[0] * first[n] + (1 - ADAM[0]) * g for n, g in gradient.items()}
         second = {n: ADAM[1] * second[n] + (1 - ADAM[1]) * mx.square(g) for n, g in gradient.items()}
@@ -166,7 +174,7 @@ def _batch(
 def shift(images: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarray:
     """Move half of the images by up to `pixels` in each direction; the border is repeated."""
     n, height, width, _ = images.shape
-    offsets = np.where(rng.random(n) < 0.5, rng.integers(-pixels, pixels + 1, (2, n)), 0)  # noqa: PLR2004
+    offsets = np.where(rng.random(n) < 0.5, rng.integers(-pixels, pixels + 1, (2, n)), 0)
     rows = np.clip(np.arange(height) + offsets[0][:, None], 0, height - 1)
     cols = np.clip(np.arange(width) + offsets[1][:, None], 0, width - 1)
     return images[np.arange(n)[:, None, None], rows[:, :, None], cols[:, None, :]]
@@ -175,7 +183,7 @@ def shift(images: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarr
 def orient(images: np.ndarray, turns: np.ndarray) -> np.ndarray:
     """0: as is, 1: mirrored left to right, 2: upside down, 3: both."""
     mirrored = np.where((turns % 2 == 1)[:, None, None, None], images[:, :, ::-1], images)
-    return np.where((turns >= 2)[:, None, None, None], mirrored[:, ::-1], mirrored)  # noqa: PLR2004
+    return np.where((turns >= 2)[:, None, None, None], mirrored[:, ::-1], mirrored)
 
 
 def _over(part: Split, function: Callable[..., mx.array], arch: Architecture, weights: Weights) -> np.ndarray:

@@ -6,7 +6,7 @@ MEASURE = "mean Sobel gradient magnitude (spatial information of ITU-T P.910, me
 
 
 def complexity(images: np.ndarray) -> np.ndarray:
-    """Mean over pixels and channels of the Sobel gradient magnitude, scaled so that 1 is the largest possible magnitude.
+    """Mean over pixels and channels of the Sobel gradient magnitude, scaled so that it cannot exceed 1.
 
     c = mean sqrt(Gx^2 + Gy^2) / sqrt(2), where Gx and Gy are the Sobel responses of the image in [0, 1] divided by 4
     (the sum of a Sobel kernel's positive weights), so each lies in [-1, 1]. ITU-T P.910 (section "Spatial perceptual

@@ -1,12 +1,12 @@
 """Find images that are the same or nearly so, so that a split can keep them together.
 
-Exact within its stated distance: every pair of images whose root-mean-square pixel difference is at most `rms` (of the
-full range 0..255) is found, without comparing all pairs at full resolution. Pairs are chained: if a is near b and b near
-c, all three share a group.
+Exact within its stated distance: every pair of images whose root-mean-square pixel difference is at most `rms` (of
+the full range 0..255) is found, without comparing all pairs at full resolution. Pairs are chained: if a is near b and
+b near c, all three share a group.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -73,9 +73,11 @@ def duplicate_groups(
     return groups
 
 
-def _near_pairs(thumbs: np.ndarray, rows: np.ndarray, read: Callable[[np.ndarray], np.ndarray], rms: float):
+def _near_pairs(
+    thumbs: np.ndarray, rows: np.ndarray, read: Callable[[np.ndarray], np.ndarray], rms: float
+) -> Iterator[tuple[int, int]]:
     """Yield (row, row) of every pair within `rms`: sieved by one projection, then by thumbnails, then by pixels."""
-    if len(rows) < 2:  # noqa: PLR2004
+    if len(rows) < 2:
         return
     # |u.(a - b)| <= |a - b| for a unit u: along the direction of most variance few pairs lie within reach.
     centred = thumbs - thumbs.mean(axis=0)
@@ -93,7 +95,9 @@ def _near_pairs(thumbs: np.ndarray, rows: np.ndarray, read: Callable[[np.ndarray
         yield from _verified(rows[start + i[later]], rows[start + j[later]], read, rms)
 
 
-def _verified(a: np.ndarray, b: np.ndarray, read: Callable[[np.ndarray], np.ndarray], rms: float):
+def _verified(
+    a: np.ndarray, b: np.ndarray, read: Callable[[np.ndarray], np.ndarray], rms: float
+) -> Iterator[tuple[int, int]]:
     if len(a) == 0:
         return
     size = int(np.prod(read(a[:1]).shape))

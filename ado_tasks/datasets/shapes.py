@@ -1,6 +1,6 @@
 """Procedurally drawn shapes: one disc, square or triangle in one of six colours, with every attribute known.
 
-They serve where real images cannot: any resolution and aspect ratio, any number, and a truth to compare a generator with.
+They serve where real images cannot: any resolution and aspect ratio, any number, and a truth to compare with.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """A dataset on disk: `manifest.json`, uint8 NHWC shards that are memory-mapped, and `index.parquet`.
 
-Row order of the index is image order across the shards. Nothing here loads a shard whole, and nothing is ever unpickled.
+Row order of the index is image order across the shards. Nothing here loads a shard whole; nothing is ever unpickled.
 """
 
 import re
@@ -28,6 +28,7 @@ class ShardWriter:
     """Collects images and writes them as shards of at most `shard_bytes`."""
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], shard_bytes: int = SHARD_BYTES) -> None:
+        """Prepare to write images of `shape` (height, width, channels) into `folder`."""
         self.entries: list[dict[str, Any]] = []
         self.count = 0
         self._folder = folder
@@ -61,9 +62,10 @@ class ShardWriter:
 
 
 class Shards:
-    """Random access to all images of a dataset; a shard is mapped and its checksum verified when it is first touched."""
+    """Random access to all images of a dataset; a shard is mapped, and its sum verified, when it is first touched."""
 
     def __init__(self, folder: Path, entries: Sequence[dict[str, Any]], shape: tuple[int, int, int]) -> None:
+        """`entries`: file, count and sha256 of each shard, as in the manifest."""
         self.shape = shape
         self._folder = folder
         self._entries = entries
@@ -220,7 +222,7 @@ def to_float(images: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """float in [-1, 1] -> uint8, rounded; what lies outside is clipped. The inverse of `to_float`."""
+    """Floats in [-1, 1] -> uint8, rounded; what lies outside is clipped. The inverse of `to_float`."""
     return np.rint(np.clip((np.asarray(images, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)
 
 

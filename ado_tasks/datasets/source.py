@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def digits() -> Source:
     """1,797 real handwritten digits, 8x8 grey, from scikit-learn; the levels 0..16 become 0..255."""
     from sklearn.datasets import load_digits  # noqa: PLC0415  (0.5 s that other sources need not pay)
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     images = np.rint(bunch.images * (255 / DIGIT_LEVELS)).astype(np.uint8)[..., None]
     return Source(
         count=len(images),

@@ -1,5 +1,7 @@
 """Three disjoint parts of a dataset: train (models see it), selection (choices are made on it), report (neither)."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from ado_tasks.errors import ConfigError, DataError
@@ -27,11 +29,11 @@ def part_sizes(asked: tuple[float, float, float], count: int) -> tuple[int, int,
             raise ConfigError(f"{names}: {asked} add up to {total:.6g}; fractions must add up to at most 1")
         # Cumulative rounding: parts that add up to 1 use every image.
         edges = [round(sum(asked[:end]) * count) for end in range(4)]
-        sizes = tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+        sizes = tuple(b - a for a, b in pairwise(edges))
     elif all(value >= 1 and float(value).is_integer() for value in asked):
         sizes = tuple(int(value) for value in asked)
     else:
-        raise ConfigError(f"{names}: {asked} is not allowed: give three fractions under 1 or three whole numbers from 1")
+        raise ConfigError(f"{names}: {asked} is not allowed: three fractions under 1, or three whole numbers from 1")
     if sum(sizes) > count or min(sizes) < 1:
         raise DataError(f"fewer images than the parts need: {count} images for {dict(zip(PARTS, sizes, strict=True))}")
     return sizes  # pyright: ignore[reportReturnType]
@@ -40,9 +42,9 @@ def part_sizes(asked: tuple[float, float, float], count: int) -> tuple[int, int,
 def assign(labels: np.ndarray, groups: np.ndarray, sizes: tuple[int, int, int], seed: int) -> np.ndarray:
     """The part of each image, stratified by label, each group whole in one part.
 
-    Images are put in an order in which every stretch holds the classes in proportion: an image that is the i-th of n of its
-    (shuffled) class gets the position (i + u) / n. Groups of several images are placed first, each into the part that is
-    emptiest for its size; the others fill the parts in that order.
+    Images are put in an order in which every stretch holds the classes in proportion: an image that is the i-th of n of
+    its (shuffled) class gets the position (i + u) / n. Groups of several images are placed first, each into the part
+    that is emptiest for its size; the others fill the parts in that order.
 
     Args:
         labels: int64 (n,); all equal where there are no classes.

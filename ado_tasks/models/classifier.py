@@ -1,8 +1,8 @@
-"""Two small convolutional classifiers, as pure functions of named weights: one makes features, the other judges classes.
+"""Two small convolutional classifiers, pure functions of named weights: one makes features, one judges classes.
 
-They differ on purpose: a generator that happened to please one network should not please the other for the same reason.
-`pooled` is a plain stack (3x3 convolutions, mean pooling, a linear bottleneck); `patched` folds 2x2 pixels into channels
-first and then adds a residual block. Both take any height and width from 4 pixels, grey or RGB.
+They differ on purpose: a generator that happens to please one network should not please both for the same reason.
+`pooled` is a plain stack (3x3 convolutions, mean pooling, a linear bottleneck); `patched` folds 2x2 pixels into
+channels first and then adds a residual block. Both take any height and width from 4 pixels, grey or RGB.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def logits(arch: Architecture, weights: Weights, images: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Frozen features: the penultimate layer of a classifier, each dimension standardised with the train part's figures."""
+    """Frozen features: a classifier's penultimate layer, each dimension standardised with the train part's figures."""
 
     architecture: Architecture
     weights: Weights
@@ -82,7 +82,7 @@ class FeatureExtractor:
         """(penultimate - mean) / std.
 
         Args:
-            images: float (n, height, width, channels) in [-1, 1]; what lies outside is clipped, as no picture can show it.
+            images: float (n, height, width, channels) in [-1, 1]; what lies outside is clipped: no picture shows it.
 
         Returns:
             float32 (n, d).
@@ -117,7 +117,7 @@ def load_features(folder: Path) -> FeatureExtractor:
 
 
 def load_judge(folder: Path) -> Judge:
-    """The judge in a folder that `features` made. Raises ArtifactError where it is damaged or the data had no classes."""
+    """The judge in a folder that `features` made. Raises ArtifactError where it is damaged, or there is none."""
     return Judge(*_load(folder, "judge_net", JUDGE_NET, set()))
 
 
@@ -129,7 +129,8 @@ def _load(folder: Path, section: str, file: str, further: set[str]) -> tuple[Arc
         arch, expected = Architecture(**stored[section]["architecture"]), stored[section]["sha256"]
         wanted = {**expected_shapes(arch), **dict.fromkeys(further, (arch.dimensions,))}
     except (KeyError, TypeError, ValueError) as problem:
-        raise ArtifactError(f"{folder / CONFIG}: not a record of networks ({type(problem).__name__}: {problem})") from None
+        kind = type(problem).__name__
+        raise ArtifactError(f"{folder / CONFIG}: not a record of networks ({kind}: {problem})") from None
     found = sha256_file(folder / file)
     if found != expected:
         raise ArtifactError(f"{folder / file}: checksum expected {expected}, found {found}")
@@ -158,12 +159,13 @@ def run_batched(
     """Apply `penultimate` or `logits` to many images, `BATCH` at a time; float32."""
     shape = (arch.height, arch.width, arch.channels)
     if tuple(images.shape[1:]) != shape:
-        raise StatisticsError(f"images of {tuple(images.shape[1:])} given to a network for {shape} (height, width, channels)")
+        raise StatisticsError(f"images of {tuple(images.shape[1:])} given to a network for {shape} (h, w, channels)")
     outputs = []
     for start in range(0, images.shape[0], BATCH):
         batch = np.array(images[start : start + BATCH], np.float32)
         if not np.isfinite(batch).all():
-            raise StatisticsError(f"an image among {start}..{start + len(batch) - 1} is not finite; no feature can be computed")
+            last = start + len(batch) - 1
+            raise StatisticsError(f"an image among {start}..{last} is not finite: no feature can be computed")
         outputs.append(np.array(function(arch, weights, mx.array(np.clip(batch, -1, 1)))))
     return np.concatenate(outputs) if outputs else np.zeros((0, function_width(function, arch)), np.float32)
 
