@@ -1,0 +1,72 @@
+"""The command line: help that says what a task needs, and named errors with an exit status of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ado_tasks.__main__ import TASKS, main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def ado(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ADO_SYNC": "manual", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "ado_tasks", *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
+
+
+def test_help_lists_every_task(tmp_path: Path) -> None:
+    done = ado("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for task in TASKS:
+        assert task in done.stdout
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_a_tasks_help_says_what_it_reads_and_its_keys(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([task, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "--out" in text
+    assert "--params" in text
+    assert "keys of its section" in text
+
+
+@pytest.mark.parametrize(
+    ("params", "words", "status"),
+    [
+        ("seed: 0\nprepare: {source: cats}\n", ["prepare.source", "'cats'", "digits"], 2),
+        ("seed: 0\nprepare: {sorce: digits}\n", ["prepare.sorce", "unknown key"], 2),
+        ("prepare: {}\n", ["seed"], 2),
+        ("seed: -1\nprepare: {}\n", ["seed", "-1"], 2),
+        ("seed: 0\n", ["prepare"], 2),
+        ("seed: [\n", ["params.yaml", "YAML"], 2),
+    ],
+)
+def test_bad_params_are_named_and_nothing_is_written(tmp_path: Path, params: str, words: list[str], status: int) -> None:
+    (tmp_path / "params.yaml").write_text(params)
+    done = ado("prepare", "--out", "data/x", cwd=tmp_path)
+    assert done.returncode == status
+    assert "ConfigError" in done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_absent_input_is_named(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("seed: 0\ntrain: {model: {}}\n")
+    done = ado("train", "--dataset", "data/none", "--out", "models/x", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "data/none" in done.stderr
+    assert not (tmp_path / "models").exists()
+
+
+def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "tasks" in capsys.readouterr().out
