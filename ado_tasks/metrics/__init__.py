@@ -1,1 +1,1 @@
-"""Every figure that judges a model: distances between sets of features, paired distances, copying, accuracy, and their intervals."""
+"""Every figure that judges a model: distances of feature sets, paired distances, copying, accuracy; with intervals."""

@@ -30,9 +30,9 @@ class Floor:
 class Excess:
     """How far a model is from held-out images, beside what fresh training images reach; all at the same n.
 
-    model: mean FD(model, report half). train: mean FD(training images, the same halves). excess = model - train, the mean
-    of the differences draw by draw, and [low, high] their 95 % range over draws (the spread of the drawing, not a confidence
-    interval: all draws share one report part). ratio = excess / floor.mean.
+    model: mean FD(model, report half). train: mean FD(training images, the same halves). excess = model - train, the
+    mean of the differences draw by draw, and [low, high] their 95 % range over draws (the spread of the drawing, not a
+    confidence interval: all draws share one report part). ratio = excess / floor.mean.
     """
 
     model: float
@@ -52,9 +52,10 @@ def frechet_distance(a: AnyArray, b: AnyArray) -> float:
     """Fréchet distance between the Gaussians of two feature sets of shape (n, d), n >= 2 and equal.
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)  (Dowson & Landau 1982; as FID, Heusel et al. 2017),
-    with the unbiased covariances. With S = R'R, R from a QR of the centred samples, the last trace is the sum of the singular values
-    of R_a R_b': no matrix is squared, rooted or inverted, so covariances without full rank (n <= d, dead features) need no
-    regularisation. The estimate falls as n grows, so sets of unequal n are refused: `StatisticsError`.
+    with the unbiased covariances. With S = R'R, R from a QR of the centred samples, the last trace is the sum of the
+    singular values of R_a R_b': no matrix is squared, rooted or inverted, so covariances without full rank (n <= d,
+    dead features) need no regularisation. The estimate falls as n grows, so sets of unequal n are refused:
+    `StatisticsError`.
     """
     set_a, set_b = features(a, "a"), features(b, "b")
     same_width(set_a, set_b, "a, b")
@@ -63,9 +64,10 @@ def frechet_distance(a: AnyArray, b: AnyArray) -> float:
 
 
 def floor(real: AnyArray, *, draws: int, rng: np.random.Generator) -> Floor:
-    """FD that no model can be asked to beat: two random disjoint halves of `real` (m, d), n = m // 2 each, drawn `draws` times.
+    """FD no model can be asked to beat: between random disjoint halves of `real` (m, d), n = m // 2, drawn many times.
 
-    `draws` >= 50 (`StatisticsError` below). A model whose FD at the same n lies under `low` deserves a look: leakage or copying.
+    `draws` >= 50 (`StatisticsError` below). A model whose FD at the same n lies under `low` deserves a look: leakage or
+    copying.
     """
     values = features(real, "real", minimum=4)
     _check_draws(draws)
@@ -76,9 +78,10 @@ def floor(real: AnyArray, *, draws: int, rng: np.random.Generator) -> Floor:
 def excess(model: AnyArray, train: AnyArray, real: AnyArray, *, draws: int, rng: np.random.Generator) -> Excess:
     """FD of a model beyond that of training images, against the same halves of the report part `real` (m, d).
 
-    In each of `draws` >= 50 draws the report part is split in two random halves of n = m // 2; n samples of the model and n
-    training images are drawn without replacement, and all three distances (model, train, other half) are to the first half.
-    Averaging over draws uses all of each set while n stays equal. `model` and `train` need at least n samples.
+    In each of `draws` >= 50 draws the report part is split in two random halves of n = m // 2; n samples of the model
+    and n training images are drawn without replacement, and all three distances (model, train, other half) are to the
+    first half. Averaging over draws uses all of each set while n stays equal. `model` and `train` need at least n
+    samples.
     """
     values = features(real, "real", minimum=4)
     n = len(values) // 2

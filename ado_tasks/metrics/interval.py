@@ -1,4 +1,4 @@
-"""A figure with its interval, and the two exact ways to make one: Student's t for means, Clopper-Pearson for proportions."""
+"""A figure with its interval, and two ways to make one: Student's t for means, Clopper-Pearson for proportions."""
 
 import math
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def mean_interval(values: AnyArray, level: float = LEVEL) -> Interval:
 
 
 def proportion_interval(successes: int, trials: int, level: float = LEVEL) -> Interval:
-    """Proportion with the exact interval of Clopper & Pearson (1934): it covers at least `level`, whatever the truth."""
+    """Proportion with the exact interval of Clopper & Pearson (1934): it covers at least `level` of the time."""
     check_level(level)
     if trials < 1 or not 0 <= successes <= trials:
         raise StatisticsError(f"proportion: needs 0 <= successes <= trials >= 1, got {successes} of {trials}")

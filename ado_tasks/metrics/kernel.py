@@ -1,7 +1,7 @@
 """Kernel distance (KID): unbiased squared maximum mean discrepancy of a cubic kernel, from sums that are computed once.
 
-Everything later (the distance, its interval, the difference of two models with its interval) is a function of row sums of three
-Gram matrices, O(n) numbers, so the teacher's are computed once and shared by all its students.
+Almost all that follows (the distance, its interval, the difference of two models with its interval) is a function of
+row sums of three Gram matrices, O(n) numbers, so the teacher's are computed once and shared by all its students.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BLOCK = 512  # rows and columns of a Gram block: 512 x 512 doubles are 2 MiB, wh
 
 @dataclass(frozen=True)
 class RealSums:
-    """Gram sums within the reference: `rows` (m,) over all samples of other groups, `pairs` (m,) how many, `groups` (m,) codes."""
+    """Gram sums within the reference, all (m,): `rows` over samples of other groups, `pairs` how many, `groups`."""
 
     rows: FloatArray
     pairs: FloatArray
@@ -25,8 +25,14 @@ class RealSums:
 
 @dataclass(frozen=True)
 class KernelSums:
-    """Gram sums of one model: `rows` (n,) over its other samples, `cross` (n,) over the reference, `columns` (m,) over the model."""
+    """A model's features (n, d), those of the reference (m, d), and their Gram sums.
 
+    `rows` (n,): each sample over the model's others. `cross` (n,): each over the reference. `columns` (m,): each real
+    one over the model.
+    """
+
+    generated: FloatArray
+    real: FloatArray
     rows: FloatArray
     cross: FloatArray
     columns: FloatArray
@@ -48,9 +54,9 @@ def cubic_kernel(x: FloatArray, y: FloatArray) -> FloatArray:
 def kid(generated: AnyArray, real: AnyArray, *, groups: AnyArray | None = None) -> float:
     """Unbiased KID of generated (n, d) against real (m, d) features; may be negative, and is never clamped.
 
-    mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean k(x_i, y_j)  (Gretton et al. 2012, eq. 3). The diagonals are left
-    out. `groups` (m,) names the block (a photograph, say) each real sample comes from: pairs inside a block are not
-    independent and are left out like the diagonal.
+    mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean k(x_i, y_j)  (Gretton et al. 2012, eq. 3). The
+    diagonals are left out. `groups` (m,) names the block (a photograph, say) each real sample comes from: pairs inside
+    a block are not independent and are left out like the diagonal.
     """
     return kid_from_sums(kernel_sums(generated, real), real_sums(real, groups=groups))
 
@@ -63,15 +69,15 @@ def kid_from_sums(model: KernelSums, real: RealSums) -> float:
 
 
 def kernel_sums(generated: AnyArray, real: AnyArray) -> KernelSums:
-    """Row sums of the Gram matrices generated-generated (diagonal left out) and generated-real, in blocks of bounded memory."""
+    """Row sums of the Gram matrices generated-generated, its diagonal left out, and generated-real, block by block."""
     x, y = features(generated, "generated"), features(real, "real")
     same_width(x, y, "generated, real")
     cross, columns = np.zeros(len(x)), np.zeros(len(y))
-    for rows in _blocks(len(x)):
+    for rows in blocks(len(x)):
         gram = cubic_kernel(x[rows], y)
         cross[rows] = gram.sum(axis=1)
         columns += gram.sum(axis=0)
-    return KernelSums(rows=_within(x), cross=cross, columns=columns)
+    return KernelSums(generated=x, real=y, rows=_within(x), cross=cross, columns=columns)
 
 
 def real_sums(real: AnyArray, *, groups: AnyArray | None = None) -> RealSums:
@@ -82,7 +88,7 @@ def real_sums(real: AnyArray, *, groups: AnyArray | None = None) -> RealSums:
     if len(sizes) == len(y):
         return RealSums(rows=_within(y), pairs=np.full(len(y), len(y) - 1.0), groups=codes)
     rows = np.zeros(len(y))
-    for block in _blocks(len(y)):
+    for block in blocks(len(y)):
         gram = cubic_kernel(y[block], y)
         gram[codes[block, None] == codes[None, :]] = 0.0
         rows[block] = gram.sum(axis=1)
@@ -90,7 +96,7 @@ def real_sums(real: AnyArray, *, groups: AnyArray | None = None) -> RealSums:
 
 
 def group_codes(groups: AnyArray | None, count: int) -> AnyArray:
-    """Groups as integers 0..G-1, shape (count,); without groups every sample is its own. Fewer than 2 groups are refused."""
+    """Groups as integers 0..G-1, shape (count,); without groups every sample is its own. One group is refused."""
     if groups is None:
         return np.arange(count)
     labels = np.asarray(groups)
@@ -105,17 +111,18 @@ def group_codes(groups: AnyArray | None, count: int) -> AnyArray:
 def _within(x: FloatArray) -> FloatArray:
     """Row sums of the Gram matrix of x without its diagonal; each block above the diagonal serves twice."""
     sums = np.zeros(len(x))
-    blocks = list(_blocks(len(x)))
-    for position, rows in enumerate(blocks):
+    cuts = blocks(len(x))
+    for position, rows in enumerate(cuts):
         square = cubic_kernel(x[rows], x[rows])
         np.fill_diagonal(square, 0.0)
         sums[rows] += square.sum(axis=1)
-        for columns in blocks[position + 1 :]:
+        for columns in cuts[position + 1 :]:
             gram = cubic_kernel(x[rows], x[columns])
             sums[rows] += gram.sum(axis=1)
             sums[columns] += gram.sum(axis=0)
     return sums
 
 
-def _blocks(count: int) -> list[slice]:
+def blocks(count: int) -> list[slice]:
+    """Slices that cut `count` rows in blocks whose Gram matrices stay small."""
     return [slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]

@@ -29,10 +29,18 @@ def jackknife(values: list[float]) -> float:
     return (len(values) - 1) * float(np.var(values))
 
 
-def half_width(noise: list[float], real: list[float]) -> float:
+def interaction(table: np.ndarray) -> float:
+    """Variance of the mean of table (n, G) that neither rows nor columns explain: two-way analysis of variance."""
+    n, count = table.shape
+    left = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    return float(np.sum(left**2)) / ((n - 1) * (count - 1)) / (n * count)
+
+
+def half_width(noise: list[float], real: list[float], both: float) -> float:
     a, b = jackknife(noise), jackknife(real)
-    freedom = (a + b) ** 2 / (a**2 / (len(noise) - 1) + b**2 / (len(real) - 1))
-    return float(stats.t.ppf(0.975, freedom)) * np.sqrt(a + b)
+    total = max(a + b - both, a, b)
+    freedom = total**2 / (a**2 / (len(noise) - 1) + b**2 / (len(real) - 1))
+    return float(stats.t.ppf(0.975, freedom)) * np.sqrt(total)
 
 
 @pytest.mark.parametrize("groups", [None, np.array([0, 0, 1, 2, 2, 2, 3, 4, 4])])
@@ -44,18 +52,30 @@ def test_interval_equals_brute_force_delete_one(groups: np.ndarray | None) -> No
     def difference(rows: np.ndarray, kept: np.ndarray) -> float:
         return kid(student[rows], real[kept]) - kid(teacher[rows], real[kept])
 
+    def by_block(gram: np.ndarray) -> np.ndarray:
+        """What each sample and each block add beyond their own effects, on the scale of the mean."""
+        left = gram - gram.mean(axis=1, keepdims=True) - gram.mean(axis=0) + gram.mean()
+        labels = np.unique(codes)
+        return np.stack([left[:, codes == g].sum(axis=1) for g in labels], axis=1) * len(labels) / len(real)
+
+    def gram(x: np.ndarray) -> np.ndarray:
+        return np.array([[(a @ b / 3 + 1) ** 3 for b in real] for a in x])
+
     everyone, all_real = np.ones(12, bool), np.ones(9, bool)
     noise = [difference(np.arange(12) != i, all_real) for i in range(12)]
     blocks = [difference(everyone, codes != g) for g in np.unique(codes)]
     interval = kid_difference(student, teacher, real, groups=groups)
-    assert (interval.high - interval.low) / 2 == pytest.approx(half_width(noise, blocks), rel=1e-9)
+    both = 4 * interaction(by_block(gram(student) - gram(teacher)))
+    assert 0 < both < jackknife(noise) + jackknife(blocks)
+    assert (interval.high - interval.low) / 2 == pytest.approx(half_width(noise, blocks, both), rel=1e-9)
 
     noise = [kid(student[np.arange(12) != i], real, groups=groups) for i in range(12)]
     blocks = [
         kid(student, real[codes != g], groups=None if groups is None else groups[codes != g]) for g in np.unique(codes)
     ]
     single = kid_interval(kernel_sums(student, real), real_sums(real, groups=groups))
-    assert (single.high - single.low) / 2 == pytest.approx(half_width(noise, blocks), rel=1e-9)
+    both = 4 * interaction(by_block(gram(student)))
+    assert (single.high - single.low) / 2 == pytest.approx(half_width(noise, blocks, both), rel=1e-9)
     assert single.value == pytest.approx(kid(student, real, groups=groups), rel=1e-12)
 
 
