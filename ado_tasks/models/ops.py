@@ -1,21 +1,41 @@
-"""The array operations a U-Net is made of, each in the form that is fast on the device at hand. Images are NHWC."""
+"""The array operations a U-Net is made of, each in the form that is fast on the device at hand. Images are NHWC.
 
-from ado_tasks.backend import mx
+On Metal and CUDA these are MLX's own; on the CPU, in float32, those of `cpu_ops.py`.
+"""
+
+from ado_tasks.backend import mx, on_cpu
+from ado_tasks.models import cpu_ops
+
+
+def _in_cpu_form(x: mx.array) -> bool:
+    return x.dtype == mx.float32 and on_cpu()
 
 
 def silu(x: mx.array) -> mx.array:
     """x · sigmoid(x)."""
-    return x * mx.sigmoid(x)
+    return cpu_ops.silu(x) if _in_cpu_form(x) else x * mx.sigmoid(x)
+
+
+def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    """x Wᵀ + b over the last axis; W is (out, in)."""
+    if _in_cpu_form(x):
+        return cpu_ops.linear(x, weight, bias)
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
 def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None, stride: int = 1, padding: int = 0) -> mx.array:
     """Convolution of (B, H, W, C) with (O, kH, kW, C)."""
-    y = mx.conv2d(x, weight, stride=stride, padding=padding)
+    if _in_cpu_form(x):
+        y = cpu_ops.conv2d(x, weight, stride, padding)
+    else:
+        y = mx.conv2d(x, weight, stride=stride, padding=padding)
     return y if bias is None else y + bias
 
 
 def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     """Group normalisation over the last axis as PyTorch defines it: contiguous channels form a group. x is (B, ..., C)."""
+    if _in_cpu_form(x):
+        return cpu_ops.group_norm(x, groups, weight, bias, eps)
     shape = x.shape
     y = x.reshape(shape[0], -1, groups, shape[-1] // groups)
     mean = mx.mean(y, axis=(1, 3), keepdims=True)
@@ -25,6 +45,8 @@ def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """softmax(q kᵀ · scale) v for (B, heads, L, D)."""
+    if _in_cpu_form(q):
+        return cpu_ops.attention(q, k, v, scale)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
