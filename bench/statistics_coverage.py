@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -46,7 +47,8 @@ class World:
 
 def build_world() -> World:
     """Mixtures fitted to the features of digits, and of digits blurred to given mean squared pixel distances."""
-    pictures = (load_digits().images / 8 - 1).astype(np.float32)[..., None]
+    digits: Any = load_digits()
+    pictures = (digits.images / 8 - 1).astype(np.float32)[..., None]
     raw = random_features(pictures)
     mean, std = standardisation(raw)
     blurred = gaussian_filter(pictures, (0, 0.7, 0.7, 0))
@@ -118,10 +120,10 @@ def run(scenario: Scenario, world: World, trials: int, rng: np.random.Generator)
     return simulation.run_trials(truth, trials, pair, reference, scenario.method)
 
 
-def line(name: str, scenario: Scenario, world: World, trials: Trials) -> dict[str, object]:
+def line(name: str, scenario: Scenario, world: World, trials: Trials) -> dict[str, Any]:
     """The figures of one scenario."""
     count = len(trials.intervals)
-    figures: dict[str, object] = {
+    figures: dict[str, Any] = {
         "scenario": name,
         "trials": count,
         "truth": trials.truth,
@@ -138,7 +140,7 @@ def line(name: str, scenario: Scenario, world: World, trials: Trials) -> dict[st
     return figures
 
 
-def show(figures: dict[str, object], seconds: float) -> bool:
+def show(figures: dict[str, Any], seconds: float) -> bool:
     """Print one line; whether it meets its bars."""
     cover, power = figures["coverage"], figures.get("non_inferior")
     text = f"{figures['scenario']:44s} truth {figures['truth']:+.4f}  coverage {cover['value']:.3f}"

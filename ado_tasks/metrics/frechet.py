@@ -121,7 +121,7 @@ _Moments = tuple[FloatArray, FloatArray]  # mean (d,), and R (min(n, d), d) with
 
 def _moments(values: FloatArray) -> _Moments:
     mean = values.mean(axis=0)
-    return mean, np.linalg.qr((values - mean) / np.sqrt(len(values) - 1), mode="r")
+    return mean, np.asarray(np.linalg.qr((values - mean) / np.sqrt(len(values) - 1), mode="r"))
 
 
 def _distance(a: _Moments, b: _Moments) -> float:

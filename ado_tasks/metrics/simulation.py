@@ -6,6 +6,7 @@ from which every trial draws anew.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.mixture import GaussianMixture
@@ -30,7 +31,7 @@ class Mixture:
         """The mixture of full covariances that EM finds for features (n, d)."""
         flat = features(values, "features", minimum=components + 1)
         # 0.01 of the variance of a standardised feature: keeps components of few samples from collapsing.
-        fit = GaussianMixture(components, covariance_type="full", reg_covar=0.01, random_state=seed).fit(flat)
+        fit: Any = GaussianMixture(components, covariance_type="full", reg_covar=0.01, random_state=seed).fit(flat)
         return Mixture(fit.weights_, fit.means_, np.linalg.cholesky(fit.covariances_))
 
     def narrowed(self, factor: float) -> "Mixture":

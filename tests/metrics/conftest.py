@@ -1,11 +1,19 @@
 """What several tests of metrics draw from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from ado_tasks.metrics.simulation import Mixture
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_blas_thread() -> Iterator[None]:
+    """Thousands of small products: on busy cores a second thread makes them 8 times slower."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture(scope="session")
