@@ -17,7 +17,8 @@ def complexity(images: np.ndarray) -> np.ndarray:
         images: uint8 (n, height, width, channels).
 
     Returns:
-        float32 (n,), 0 for a constant image; real images lie well under 0.5.
+        float32 (n,), 0 for a constant image; real images lie well under 0.5. Ranks noise as compressed length does
+        (Spearman above 0.99); on images as small as the 8x8 digits the two hardly agree (0.21).
     """
     x = np.pad(images.astype(np.float32) / 255, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     smooth_rows = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]

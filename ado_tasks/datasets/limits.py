@@ -23,7 +23,7 @@ def check_inside(path: Path, root: Path) -> None:
 
 
 def check_total(path: Path, count: int, shape: Sequence[int], max_gigabytes: float) -> None:
-    """Raise DataError where `count` images of `shape`, one byte a value, are more than agreed: a zip bomb, or a slip."""
+    """Raise DataError where `count` images of `shape`, one byte a value, are more than agreed, as a zip bomb is."""
     total = count * prod(shape)
     if total > max_gigabytes * 1e9:
         raise DataError(
