@@ -15,7 +15,7 @@ from ado_tasks.errors import ArtifactError
 from ado_tasks.evaluation.calibration import compare_grids
 from ado_tasks.evaluation.pictures import save_paired, save_quality
 from ado_tasks.evaluation.quality import Reference, Scores, Yardstick, base_of, score
-from ado_tasks.features import load_features, load_judge
+from ado_tasks.models.classifier import load_features, load_judge
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.metrics.noninferiority import kid_difference, non_inferior
 from ado_tasks.pictures import save_grid

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ado_tasks.datasets.shards import Dataset
-from ado_tasks.features import FeatureExtractor, Judge
+from ado_tasks.models.classifier import FeatureExtractor, Judge
 from ado_tasks.metrics.accuracy import class_accuracy
 from ado_tasks.metrics.coverage import precision_recall
 from ado_tasks.metrics.frechet import Excess, excess
