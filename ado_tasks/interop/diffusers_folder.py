@@ -9,7 +9,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ado_tasks.backend import mx
@@ -153,8 +153,11 @@ def _read_shards(index: Path) -> dict[str, mx.array]:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """The path of a named file that must lie under `folder`."""
-    path = folder / str(name)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    """The path of a file that another file names, which may not climb out of `folder`.
+
+    Links are followed: a snapshot in the Hugging Face cache is made of links to files elsewhere.
+    """
+    relative = PurePosixPath(str(name))
+    if relative.is_absolute() or ".." in relative.parts:
         raise ArtifactError(f"{folder}: {name!r} leads out of the folder")
-    return path
+    return folder / relative

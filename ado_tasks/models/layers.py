@@ -21,6 +21,10 @@ class Linear(nn.Linear):
         if bias:
             self.bias = mx.zeros((out_features,))
 
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., in) to (..., out)."""
+        return ops.linear(x, self.weight, self.get("bias"))
+
 
 class Conv2d(nn.Module):
     """Convolution of (B, H, W, in) with a square kernel (out, k, k, in); zeros until initialised."""

@@ -214,8 +214,9 @@ def _check_k_up(level: Level, state: State, arriving: State, where: str, *, atte
     joined, expected = (arriving.channels or 0) + (state.channels or 0), out if alone else 2 * out
     if joined != expected or state.depth != arriving.depth:
         raise ConfigError(
-            f"{where}: {joined} channels arrive, {expected} expected; allowed: K blocks on both sides, and opposite a "
-            "last KCrossAttnDownBlock2D a KCrossAttnUpBlock2D with time_embedding_dim = its channels = the next level's"
+            f"{where}: {joined} channels halved {state.depth} times arrive, {expected} halved {arriving.depth} times "
+            "are expected; allowed: K blocks on both sides, and opposite a last KCrossAttnDownBlock2D a "
+            "KCrossAttnUpBlock2D with time_embedding_dim = its channels = the next level's"
         )
     for width in {joined, out} if level.layers > 1 else {joined}:
         _check_groups(width // K_GROUP_WIDTH, width, where)
