@@ -1,0 +1,106 @@
+"""`kill -9` at any moment: the same command goes on, and ends with the bytes of a run that was never stopped."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ado_tasks.storage import sha256_tree
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PARAMS = """\
+seed: 3
+prepare: {name: digits, source: digits}
+train:
+  model: {block_out_channels: [8, 8], down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D],
+          layers_per_block: 1, norm_num_groups: 4, attention_head_dim: 8}
+  steps: 60
+  batch_size: 16
+  warmup_steps: 10
+  validate_every: 20
+  checkpoint_every: 10
+distill:
+  progressive: {teacher_steps: 4, student_steps: [2, 1], stage_steps: 30, batch_size: 16, checkpoint_every: 10}
+"""
+COMMANDS = {
+    "train": ["train", "--dataset", "data", "--out", "models/teacher", "--scratch", "scratch"],
+    "distill": ["distill", "--section", "distill.progressive", "--teacher", "models/teacher", "--dataset", "data",
+                "--out", "models/progressive", "--scratch", "scratch"],
+}  # fmt: skip
+OUTPUT = {"train": "models/teacher", "distill": "models/progressive"}
+
+
+def start(workspace: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "ADO_SYNC": "manual", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ado_tasks", *arguments], cwd=workspace, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(workspace: Path, *arguments: str) -> None:
+    process = start(workspace, *arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], dict[str, float]]:
+    """A run that nothing stopped: its workspace, the hash of each output, and how long each task took."""
+    workspace = tmp_path_factory.mktemp("unbroken")
+    (workspace / "params.yaml").write_text(PARAMS)
+    finish(workspace, "prepare", "--out", "data")
+    sums, seconds = {}, {}
+    for task, command in COMMANDS.items():
+        finish(workspace, *command)  # fused kernels are compiled and cached on the way
+        first = sha256_tree(workspace / OUTPUT[task])
+        began = time.monotonic()
+        finish(workspace, *command)
+        seconds[task] = time.monotonic() - began
+        sums[task] = sha256_tree(workspace / OUTPUT[task])
+        assert sums[task] == first  # and the task is pure
+    return workspace, sums, seconds
+
+
+def check_kills(unbroken: tuple[Path, dict[str, str], dict[str, float]], tmp_path: Path, task: str, times: int, seed: int) -> None:
+    source, sums, seconds = unbroken
+    moments = random.Random(seed)
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    (tmp_path / "data").symlink_to(source / "data")
+    (tmp_path / "models").mkdir()
+    if task == "distill":
+        (tmp_path / "models" / "teacher").symlink_to(source / "models" / "teacher")
+    out = tmp_path / OUTPUT[task]
+    killed = 0
+    while killed < times:
+        process = start(tmp_path, *COMMANDS[task])
+        time.sleep(moments.uniform(0.2, 1.0) * seconds[task])
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:  # it was quicker than the signal: take its work away and start anew
+            assert sha256_tree(out) == sums[task]
+            subprocess.run(["rm", "-rf", str(out)], check=True)
+        else:
+            killed += 1
+            assert not out.exists() or sha256_tree(out) == sums[task], "something half-written has the final name"
+    finish(tmp_path, *COMMANDS[task])
+    assert sha256_tree(out) == sums[task]
+    left = [path.name for path in tmp_path.rglob("*tmp-*") if ".ado" not in path.parts and "scratch" not in path.parts]
+    assert left == []
+
+
+@pytest.mark.parametrize("task", list(COMMANDS))
+def test_three_kills(unbroken, tmp_path: Path, task: str) -> None:
+    check_kills(unbroken, tmp_path, task, times=3, seed=0)
+
+
+@pytest.mark.bars
+@pytest.mark.parametrize("task", list(COMMANDS))
+def test_twenty_kills(unbroken, tmp_path: Path, task: str) -> None:
+    check_kills(unbroken, tmp_path, task, times=20, seed=1)
