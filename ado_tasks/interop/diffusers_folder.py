@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,7 +42,8 @@ def write_model(folder: Path, unet: UNet2D, scheduler_config: Mapping[str, Any],
     """Write a model as a Diffusers folder, atomically. The same arguments give the same bytes.
 
     Args:
-        folder: becomes the model's folder; a former one is replaced.
+        folder: becomes the model's folder; a former one is replaced. One that stands empty is filled where it is:
+            whoever made it, such as a task inside `atomic_folder`, makes it appear whole.
         unet: the network.
         scheduler_config: Diffusers' scheduler_config.json; `_class_name` names the scheduler's class.
         record: plain values: the ordered history of what was done, seeds, revision. Its key `sha256` is taken.
@@ -55,7 +57,7 @@ def write_model(folder: Path, unet: UNet2D, scheduler_config: Mapping[str, Any],
         raise ConfigError(f"scheduler_config._class_name: {scheduler!r}; allowed: a scheduler such as DDIMScheduler")
     if SUMS in record:
         raise ConfigError(f"record.{SUMS}: the key is taken by the checksums of the folder's files")
-    with atomic_folder(folder) as partial:
+    with _place(folder) as partial:
         # DDIMPipeline turns whatever scheduler it is given into a DDIMScheduler; DDPMPipeline keeps it.
         pipeline = "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
         index = {"scheduler": ["diffusers", scheduler], "unet": ["diffusers", CLASS_NAME]}
@@ -94,6 +96,12 @@ def read_unet(folder: Path) -> UNet2D:
     unet = UNet2D(UNet2DConfig.from_dict(values, where=str(folder / CONFIG)))
     load_weights(unet, _read_tensors(folder), str(folder))
     return unet
+
+
+def _place(folder: Path) -> AbstractContextManager[Path]:
+    """Where to write: the folder itself where it stands empty, else a temporary one that will replace it."""
+    empty = folder.is_dir() and not any(folder.iterdir())
+    return nullcontext(folder) if empty else atomic_folder(folder)
 
 
 def extended(record: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Diffusers folders: what is written can be read, always in the same bytes; what is damaged is refused by name."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 
 from ado_tasks.backend import mx
-from ado_tasks.errors import ArtifactError, ConfigError
+from ado_tasks.errors import ArtifactError, ConfigError, StorageError
 from ado_tasks.interop.diffusers_folder import extended, read_model, read_unet, write_model
 from ado_tasks.models.initialise import initialise
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.models.weights import flat_parameters
-from ado_tasks.storage import load_arrays, save_arrays
+from ado_tasks.storage import atomic_folder, load_arrays, save_arrays
 
 CONFIG = {
     "sample_size": 8,
@@ -89,6 +90,30 @@ def test_a_former_model_is_replaced_as_a_whole(folder):
     write_model(folder, _unet(), SCHEDULER, {})
     assert sorted(_files(folder)) == sorted(FILES)
     assert read_model(folder).record == {}
+
+
+def test_inside_an_atomic_folder_it_writes_in_place(tmp_path):
+    """A second temporary folder beside the task's own would outlive a killed run: nobody would know its name."""
+    with atomic_folder(tmp_path / "out") as partial:
+        before = partial.stat().st_ino
+        write_model(partial, _unet(), SCHEDULER, RECORD)
+        assert partial.stat().st_ino == before
+        (partial / "curves.json").write_text("{}")
+    assert sorted(_files(tmp_path / "out")) == sorted([*FILES, "curves.json"])
+    assert read_model(tmp_path / "out").record == RECORD  # files that others add are not the model's
+
+
+def test_a_failed_write_leaves_the_former_model(folder, monkeypatch):
+    before = _files(folder)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "no space", str(folder))
+
+    monkeypatch.setattr("ado_tasks.interop.diffusers_folder.save_arrays", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        write_model(folder, _unet(), SCHEDULER, {})
+    assert _files(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_the_scheduler_decides_the_pipeline(folder, tmp_path):
