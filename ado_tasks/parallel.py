@@ -1,96 +1,113 @@
-"""Parts of a batch computed at the same time on a CPU, each on an MLX stream of its own.
+"""Parts of a batch computed at the same time on a CPU, each in a thread of its own.
 
-MLX's CPU backend runs one stream on one thread and BLAS is held to one thread (see backend.py), so two streams keep two cores
-busy. The number of parts comes from a config, never from the machine: the sums are then taken in the same order everywhere,
+MLX's CPU backend runs a stream on one thread, and BLAS is held to one thread (see backend.py), so as many parts as cores keep the
+cores busy. Two streams fed by one thread do not: MLX lets that thread run only ten operations ahead, all of them of the
+first part. The number of parts comes from a config, never from the machine: sums are then taken in the same order everywhere,
 and the bytes of a result do not depend on how many cores there were. A GPU fills itself: there the batch stays whole.
 """
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Generic, TypeVar
 
-from ado_tasks.backend import mlx_utils, mx, on_cpu
+from ado_tasks.backend import mx, on_cpu
 
 Tree = Any  # nested dicts and lists of arrays
 Batch = Mapping[str, mx.array]
 Loss = Callable[[Tree, Batch], mx.array]  # (parameters, batch) to the mean over the batch
+R = TypeVar("R")
 
-_made = threading.local()  # a stream belongs to the thread that made it
+_building = threading.Lock()  # held while a graph is traced or copied: models are changed in place while they are traced
 
 
-def _streams(count: int) -> Sequence[mx.Stream]:
-    """The first `count` CPU streams of this thread, made once."""
-    made: list[mx.Stream] = _made.__dict__.setdefault("streams", [])
-    while len(made) < count:
-        made.append(mx.new_stream(mx.cpu))
-    return made[:count]
+@cache
+def _worker(number: int) -> ThreadPoolExecutor:
+    """The thread that always computes part `number`: what it compiled and its stream are its own."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"part-{number}")
+
+
+@cache
+def _stream(number: int) -> mx.Stream:
+    """The stream of a worker; first asked for by the worker, since a stream belongs to the thread that made it."""
+    return mx.new_stream(mx.cpu)
+
+
+class Parts(Generic[R]):
+    """A function of (shared, batch), compiled, computed for the parts of a batch at the same time.
+
+    What the function holds on to is taken as it is at the first call with each shape.
+    """
+
+    def __init__(self, function: Callable[[Tree, Batch], R], shards: int) -> None:
+        """`shards`: how many parts; a batch with fewer rows has fewer. On a GPU it is one."""
+        self._shards = shards if on_cpu() else 1
+        self._compiled = [mx.compile(function) for _ in range(self._shards)]
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def __call__(self, shared: Tree, batch: Batch) -> list[tuple[float, R]]:
+        """For each part, in order, its share of the batch and its result.
+
+        Several parts come back evaluated, a single one lazy. Arrays are cut along the first axis, scalars go to each part.
+
+        Raises:
+            ValueError: the arrays of a batch differ in length.
+        """
+        size = _batch_size(batch.values())
+        bounds = _bounds(size, self._shards)
+        if len(bounds) == 2:
+            return [(1.0, self._compiled[0](shared, dict(batch)))]
+        parts = [{k: _rows(v, *ends) for k, v in batch.items()} for ends in zip(bounds, bounds[1:], strict=False)]
+        mx.eval(shared, parts)  # what is not yet computed belongs to this thread's stream, which a worker cannot run
+        signature = (size, *((name, array.shape, array.dtype) for name, array in batch.items()))
+        running = []
+        for number, part in enumerate(parts):
+            running.append(_worker(number).submit(self._compute, number, shared, part))
+            if signature not in self._seen:
+                running[-1].result()  # the first time it is traced, and tracing is not for two threads at once
+        self._seen.add(signature)
+        results = [each.result() for each in running]
+        shares = [(stop - start) / size for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return list(zip(shares, results, strict=True))
+
+    def _compute(self, number: int, shared: Tree, part: Batch) -> R:
+        with mx.stream(_stream(number)):
+            with _building:
+                result = self._compiled[number](shared, part)
+            mx.eval(result)
+        return result
+
+
+def sharded_apply(function: Callable[..., mx.array], shards: int) -> Callable[..., mx.array]:
+    """A compiled `function` of arrays whose first axis is the batch; its parts are computed at the same time and joined.
+
+    For inference: it takes no part in an outer trace or gradient. Scalars are given to each part.
+    """
+    parts = Parts(lambda _, batch: function(*batch.values()), shards)
+
+    def whole(*arrays: mx.array) -> mx.array:
+        results = parts([], {str(place): array for place, array in enumerate(arrays)})
+        return results[0][1] if len(results) == 1 else mx.concatenate([result for _, result in results])
+
+    return whole
 
 
 def _bounds(size: int, shards: int) -> list[int]:
-    """Where `size` rows are cut into `shards` parts that differ by at most one row; empty parts are left out."""
+    """Where `size` rows are cut into at most `shards` parts that differ by at most one row and are never empty."""
     shards = max(1, min(shards, size))
     return [size * part // shards for part in range(shards + 1)]
 
 
-def _batch_size(arrays: Sequence[mx.array]) -> int:
+def _batch_size(arrays: Any) -> int:
     sizes = {array.shape[0] for array in arrays if array.ndim}
     if len(sizes) != 1:
         raise ValueError(f"the arrays of a batch must be equally long, got lengths {sorted(sizes)}")
     return sizes.pop()
 
 
-def _part(array: mx.array, start: int, stop: int) -> mx.array:
-    return array[start:stop] if array.ndim else array
+def _rows(array: mx.array, start: int, stop: int) -> mx.array:
+    return mx.contiguous(array[start:stop]) if array.ndim else array
 
 
-def sharded_value_and_grad(loss: Loss, shards: int) -> Callable[[Tree, Batch], tuple[mx.array, Tree]]:
-    """`mx.value_and_grad(loss)`, its batch cut into `shards` parts along the first axis. Use it inside `mx.compile`.
-
-    Equal to the whole batch's up to rounding where the loss is a mean over the batch: L = Σ_s (n_s/n) L_s. Each part runs
-    forward and backward on its own stream; the sum is taken in the order of the parts.
-
-    Args:
-        loss: (parameters, batch) to a scalar, the mean over the batch.
-        shards: how many parts; a batch with fewer rows has fewer. On a GPU the batch stays whole.
-
-    Raises:
-        ValueError: the arrays of a batch differ in length. Scalars are given to every part.
-    """
-    value_and_grad = mx.value_and_grad(loss)
-
-    def whole(parameters: Tree, batch: Batch) -> tuple[mx.array, Tree]:
-        size = _batch_size(list(batch.values()))
-        bounds = _bounds(size, shards if on_cpu() else 1)
-        if len(bounds) == 2:
-            return value_and_grad(parameters, batch)
-        parts = []
-        for stream, start, stop in zip(_streams(len(bounds) - 1), bounds, bounds[1:], strict=False):
-            with mx.stream(stream):
-                value, gradient = value_and_grad(parameters, {k: _part(v, start, stop) for k, v in batch.items()})
-                share = (stop - start) / size
-                parts.append((value * share, mlx_utils.tree_map(lambda g, share=share: g * share, gradient)))
-        value, gradient = parts[0]
-        for more, other in parts[1:]:
-            value, gradient = value + more, mlx_utils.tree_map(lambda a, b: a + b, gradient, other)
-        return value, gradient
-
-    return whole
-
-
-def sharded_apply(function: Callable[..., mx.array], shards: int) -> Callable[..., mx.array]:
-    """A compiled `function` of arrays whose first axis is the batch, cut into `shards` parts; the results are joined.
-
-    What the function holds on to (weights) is taken as it is at the first call with each shape. On a GPU the batch stays whole.
-    """
-
-    def whole(*arrays: mx.array) -> mx.array:
-        bounds = _bounds(_batch_size(arrays), shards if on_cpu() else 1)
-        if len(bounds) == 2:
-            return function(*arrays)
-        parts = []
-        for stream, start, stop in zip(_streams(len(bounds) - 1), bounds, bounds[1:], strict=False):
-            with mx.stream(stream):
-                parts.append(function(*(_part(array, start, stop) for array in arrays)))
-        return mx.concatenate(parts)
-
-    return mx.compile(whole)
+__all__: Sequence[str] = ["Batch", "Loss", "Parts", "Tree", "sharded_apply"]

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.errors import ArtifactError
-from ado_tasks.models.ema import warmed_decay
-from ado_tasks.parallel import Batch, Loss, Tree, sharded_value_and_grad
+from ado_tasks.parallel import Batch, Loss, Parts, Tree
 
 State = dict[str, mx.array]
 
 BETAS = (0.9, 0.999)  # Kingma & Ba 2015, algorithm 1
 EPSILON = 1e-8  # the same; outside the square root, as in PyTorch
+CLIP_EPSILON = 1e-6  # against 0/0, as torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TrainStep:
             loss: (parameters, batch) to a scalar, the mean over the batch.
             parameters: where to start: a tree of float32 arrays.
             clip: the gradient is scaled down to this global norm where it is longer.
-            ema_decay: of the averaged weights, approached as `warmed_decay` says; None keeps no average.
+            ema_decay: of the averaged weights, approached as `averaging_decay` says; None keeps no average.
             shards: parts of a batch computed at the same time on a CPU (see parallel.py). Decides the last bits of a result.
         """
         self._layout = Layout.of(parameters)
@@ -74,26 +74,36 @@ class TrainStep:
         if ema_decay is not None:
             self.state["average"] = start * 1  # an array of its own: the step reuses the memory of what goes in
         mx.eval(self.state)
-        self._gradient = sharded_value_and_grad(loss, shards)
-        self._compiled = mx.compile(self._advance)
+        self._done = 0
+        value_and_grad = mx.value_and_grad(loss)
+
+        def gradient(vector: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
+            value, tree = value_and_grad(self._layout.unflatten(vector), batch)
+            return value, self._layout.flatten(tree)
+
+        self._gradients = Parts(gradient, shards)
+        self._update = mx.compile(self._updated)
         self._running: mx.array | None = None
 
     def __call__(self, batch: Batch, learning_rate: float) -> mx.array:
-        """Take one step. One step may be running while the next is prepared, never more: each holds its memory."""
-        self.state, loss = self._compiled(self.state, dict(batch), mx.array(learning_rate, dtype=mx.float32))
+        """Take one step. One may be running while the next is prepared, never more: each holds its memory."""
+        shares, parts = zip(*self._gradients(self.state["parameters"], batch), strict=True)
+        rates = mx.array(step_rates(self._done, learning_rate, self._ema_decay), dtype=mx.float32)
+        self.state, loss = self._update(self.state, list(parts), mx.array(shares), rates)
+        self._done += 1
         if self._running is not None:
             mx.eval(self._running)
         mx.async_eval(self.state, loss)
         self._running = loss
         return loss
 
-    def _advance(self, state: State, batch: Batch, learning_rate: mx.array) -> tuple[State, mx.array]:
-        loss, gradient = self._gradient(self._layout.unflatten(state["parameters"]), batch)
-        new = adam(state, clipped(self._layout.flatten(gradient), self._clip), learning_rate)
-        if self._ema_decay is not None:
-            decay = warmed_decay(state["step"], self._ema_decay)
-            new["average"] = state["average"] + (1 - decay) * (new["parameters"] - state["average"])
-        return new, loss
+    def _updated(
+        self, state: State, parts: list[tuple[mx.array, mx.array]], shares: mx.array, rates: mx.array
+    ) -> tuple[State, mx.array]:
+        """The sum over the parts, in their order, L = Σ (n_s/n) L_s and so its gradient; then one step of Adam."""
+        loss = sum((shares[i] * value for i, (value, _) in enumerate(parts)), mx.array(0.0))
+        gradient = sum((shares[i] * vector for i, (_, vector) in enumerate(parts)), mx.array(0.0))
+        return adam(state, gradient, mx.sqrt(gradient @ gradient), rates, self._clip), loss
 
     def parameters(self) -> Tree:
         """The weights as they are now."""
@@ -112,19 +122,32 @@ class TrainStep:
         if expected != found:
             raise ArtifactError(f"a checkpoint does not fit: it holds {found}, expected {expected}")
         self.state, self._running = dict(state), None
+        self._done = int(self.state["step"].item())
 
 
-def clipped(gradient: mx.array, limit: float) -> mx.array:
-    """The gradient (a vector), scaled to the norm `limit` where it is longer (Pascanu et al. 2013). NaN stays NaN."""
-    norm = mx.sqrt(gradient @ gradient)
-    return gradient * mx.minimum(limit / (norm + 1e-6), 1.0)  # 1e-6: against 0/0, as torch.nn.utils.clip_grad_norm_
+def averaging_decay(done: int, decay: float) -> float:
+    """The average follows quickly at first: min(decay, (1 + n)/(10 + n)) after n steps, as Diffusers' EMAModel has it."""
+    return min(decay, (1 + done) / (10 + done))
 
 
-def adam(state: State, gradient: mx.array, learning_rate: mx.array) -> State:
-    """m = β₁m + (1-β₁)g, v = β₂v + (1-β₂)g², θ -= α m/(1-β₁ᵗ) / (√(v/(1-β₂ᵗ)) + ε): Kingma & Ba 2015, algorithm 1."""
-    step = state["step"] + 1
+def step_rates(done: int, learning_rate: float, ema_decay: float | None) -> list[float]:
+    """What changes from step to step, worked out in float64: α/(1-β₁ᵗ), 1/(1-β₂ᵗ), 1 - decay; t = done + 1."""
+    first, second = (1 - beta ** (done + 1) for beta in BETAS)
+    return [learning_rate / first, 1 / second, 0.0 if ema_decay is None else 1 - averaging_decay(done, ema_decay)]
+
+
+def adam(state: State, gradient: mx.array, norm: mx.array, rates: mx.array, clip: float) -> State:
+    """One step of Adam on a gradient clipped to the norm `clip`, and of the average where one is kept.
+
+    g := g min(1, clip/‖g‖) (Pascanu et al. 2013); m = β₁m + (1-β₁)g; v = β₂v + (1-β₂)g²;
+    θ -= α/(1-β₁ᵗ) m / (√(v/(1-β₂ᵗ)) + ε) (Kingma & Ba 2015, algorithm 1); average += (1 - decay)(θ - average).
+    A NaN in the gradient makes the norm, and so every parameter, NaN.
+    """
+    gradient = gradient * mx.minimum(clip / (norm + CLIP_EPSILON), 1.0)
     first = BETAS[0] * state["adam.first"] + (1 - BETAS[0]) * gradient
     second = BETAS[1] * state["adam.second"] + (1 - BETAS[1]) * (gradient * gradient)
-    corrections = [1 - mx.exp(step.astype(mx.float32) * math.log(beta)) for beta in BETAS]
-    change = learning_rate / corrections[0] * first / (mx.sqrt(second * (1 / corrections[1])) + EPSILON)
-    return {"step": step, "parameters": state["parameters"] - change, "adam.first": first, "adam.second": second}
+    parameters = state["parameters"] - rates[0] * first / (mx.sqrt(second * rates[1]) + EPSILON)
+    new = {"step": state["step"] + 1, "parameters": parameters, "adam.first": first, "adam.second": second}
+    if "average" in state:
+        new["average"] = state["average"] + rates[2] * (parameters - state["average"])
+    return new
