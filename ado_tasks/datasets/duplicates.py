@@ -9,13 +9,16 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ado_tasks.errors import DataError
 
 _THUMBNAIL = 8  # blocks a side: 64 numbers a channel tell nearly all images apart
 _SLACK = 1e-4  # on a distance in [0, 1]: float32 rounding of the sieve must not lose a pair (float32 eps is 1.2e-7)
-_BLOCK = 512  # rows compared at a time
+_BLOCK = 256  # rows compared at a time
 _VERIFY_BYTES = 1 << 25  # pixels read at a time to verify candidates
+_PAIRS_WAITING = 200_000  # found pairs that are kept before they are merged into groups
 _LARGEST_SHARE = 0.1  # a group with more of the dataset than this would make the parts differ in kind
 
 
@@ -57,26 +60,43 @@ def duplicate_groups(
         DataError: near pairs chain a tenth of the dataset or more into one group; `rms` is too large for these images.
     """
     first: dict[bytes, int] = {}
-    parent = np.array([first.setdefault(digest, row) for row, digest in enumerate(hashes)], dtype=np.int64)
-    unique = np.flatnonzero(parent == np.arange(len(parent)))
-    for a, b in _near_pairs(thumbs[unique], unique, read, rms):
-        _join(parent, a, b)
-    groups = np.array([_root(parent, row) for row in range(len(parent))], dtype=np.int64)
-    largest = int(np.bincount(groups).max(initial=0))
-    if largest > max(2, _LARGEST_SHARE * len(groups)):
-        row = int(np.bincount(groups).argmax())
-        raise DataError(
-            f"{largest} of {len(groups)} images are near-duplicates of one another (the first is image {row}) at "
-            f"prepare.near_duplicate_rms = {rms}; at most {_LARGEST_SHARE:.0%} can be kept in one part. Lower the "
-            "distance, or remove the copies"
-        )
+    groups = np.array([first.setdefault(digest, row) for row, digest in enumerate(hashes)], dtype=np.int64)
+    _check_largest(groups, rms)
+    unique = np.flatnonzero(groups == np.arange(len(groups)))
+    waiting: list[np.ndarray] = []
+    for candidates in _candidates(thumbs[unique], unique, rms):
+        apart = candidates[:, groups[candidates[0]] != groups[candidates[1]]]
+        waiting.append(_verified(apart, read, rms))
+        if sum(pairs.shape[1] for pairs in waiting) > _PAIRS_WAITING:
+            groups, waiting = _merged(groups, waiting), []
+            _check_largest(groups, rms)
+    groups = _merged(groups, waiting)
+    _check_largest(groups, rms)
     return groups
 
 
-def _near_pairs(
-    thumbs: np.ndarray, rows: np.ndarray, read: Callable[[np.ndarray], np.ndarray], rms: float
-) -> Iterator[tuple[int, int]]:
-    """Yield (row, row) of every pair within `rms`: sieved by one projection, then by thumbnails, then by pixels."""
+def _check_largest(groups: np.ndarray, rms: float) -> None:
+    sizes = np.bincount(groups)
+    if sizes.max(initial=0) > max(2, _LARGEST_SHARE * len(groups)):
+        raise DataError(
+            f"{sizes.max()} or more of {len(groups)} images are near-duplicates of one another (the first is image "
+            f"{sizes.argmax()}) at prepare.near_duplicate_rms = {rms}; at most {_LARGEST_SHARE:.0%} can be kept in one "
+            "part. Lower the distance, or remove the copies"
+        )
+
+
+def _merged(groups: np.ndarray, pairs: list[np.ndarray]) -> np.ndarray:
+    """Groups after chaining these pairs; a group keeps the number of its first row."""
+    a, b = np.concatenate([np.stack([np.arange(len(groups)), groups]), *pairs], axis=1)
+    graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(groups), len(groups)))
+    component = connected_components(graph, directed=False)[1]
+    first = np.full(component.max(initial=-1) + 1, len(groups))
+    np.minimum.at(first, component, np.arange(len(groups)))
+    return first[component]
+
+
+def _candidates(thumbs: np.ndarray, rows: np.ndarray, rms: float) -> Iterator[np.ndarray]:
+    """(2, n) rows of all pairs that may lie within `rms`, sieved by one projection and then by thumbnails."""
     if len(rows) < 2:
         return
     # |u.(a - b)| <= |a - b| for a unit u: along the direction of most variance few pairs lie within reach.
@@ -92,31 +112,17 @@ def _near_pairs(
         squared = squares[start:stop, None] + squares[None, start:end] - 2 * x[start:stop] @ x[start:end].T
         i, j = np.nonzero(squared <= (rms + _SLACK) ** 2 + _SLACK**2)
         later = i < j
-        yield from _verified(rows[start + i[later]], rows[start + j[later]], read, rms)
+        yield np.stack([rows[start + i[later]], rows[start + j[later]]])
 
 
-def _verified(
-    a: np.ndarray, b: np.ndarray, read: Callable[[np.ndarray], np.ndarray], rms: float
-) -> Iterator[tuple[int, int]]:
-    if len(a) == 0:
-        return
-    size = int(np.prod(read(a[:1]).shape))
+def _verified(pairs: np.ndarray, read: Callable[[np.ndarray], np.ndarray], rms: float) -> np.ndarray:
+    """Those of (2, n) pairs whose pixels lie within `rms`, in exact integer arithmetic."""
+    near = np.zeros(pairs.shape[1], bool)
+    size = int(np.prod(read(pairs[0, :1]).shape[1:]))
     step = max(1, _VERIFY_BYTES // size)
-    for start in range(0, len(a), step):
-        some_a, some_b = a[start : start + step], b[start : start + step]
-        difference = read(some_a).astype(np.int32) - read(some_b)
+    for start in range(0, len(near), step):
+        a, b = pairs[:, start : start + step]
+        difference = read(a).astype(np.int32) - read(b)
         squared = np.einsum("nhwc,nhwc->n", difference, difference, dtype=np.int64)
-        near = squared <= (rms * 255) ** 2 * size
-        yield from zip(some_a[near].tolist(), some_b[near].tolist(), strict=True)
-
-
-def _root(parent: np.ndarray, row: int) -> int:
-    while parent[row] != row:
-        parent[row] = parent[parent[row]]
-        row = int(parent[row])
-    return row
-
-
-def _join(parent: np.ndarray, a: int, b: int) -> None:
-    low, high = sorted((_root(parent, a), _root(parent, b)))
-    parent[high] = low
+        near[start : start + step] = squared <= (rms * 255) ** 2 * size
+    return pairs[:, near]

@@ -9,6 +9,7 @@ skipped.
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,17 @@ from ado_tasks.errors import DataError
 MAX_PIXELS = 1 << 26  # 67 megapixels: more than cameras make, and 200 MB as RGB
 _FORMATS = ("PNG", "JPEG")
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}  # Pillow's names; the others have no one meaning in 8 bits
-_ORIENTATION, _TURNED = 0x0112, {5, 6, 7, 8}  # EXIF tag, and its values that swap height and width (Exif 2.3, 4.6.4)
+_ORIENTATION = 0x0112  # EXIF tag (Exif 2.3, section 4.6.4): where the first row and column are when shown upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPPING = {5, 6, 7, 8}  # height becomes width
 _CHUNK_BYTES = 1 << 24  # decoded at a time
 _PNG_SIGNATURE, _PNG_DEPTH_AT = b"\x89PNG\r\n\x1a\n", 24  # bit depth is byte 24 (PNG specification, IHDR)
 
@@ -153,14 +164,18 @@ def decode(path: Path, size: tuple[int, int], decoding: Decoding) -> np.ndarray:
     """One file as uint8 (height, width, channels). Raises DataError."""
     with _opened(path) as image:
         try:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
+            with _quiet_pillow():
+                image.load()
+                turn = _TURNS.get(_orientation(image))
+                upright = image if turn is None else image.transpose(turn)
         except Exception as problem:
             raise DataError(f"{path}: damaged ({problem})") from None
     flat = _without_alpha(path, upright, decoding.alpha_over)
     grey_or_rgb = flat.convert("L" if decoding.channels == 1 else "RGB")
     target = (size[1], size[0])  # Pillow counts width first
     if grey_or_rgb.size != target:
+        if decoding.resize == "none":
+            raise DataError(f"{path}: {upright.height}x{upright.width} pixels, expected {size[0]}x{size[1]}")
         # Pillow's bicubic widens its kernel when it shrinks, so it does not alias (Parmar et al. 2022, section 3).
         filter_ = Image.Resampling.BICUBIC
         if decoding.resize == "crop":
@@ -175,9 +190,7 @@ def _opened(path: Path) -> Image.Image:
     try:
         with path.open("rb") as file:
             head = file.read(_PNG_DEPTH_AT + 1)
-        with warnings.catch_warnings():
-            # Our own limit follows; Pillow's would speak as a warning, and its global is not ours to move.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with _quiet_pillow():
             image = Image.open(path, formats=_FORMATS)
     except Image.UnidentifiedImageError:
         raise DataError(f"{path}: not a PNG or JPEG image") from None
@@ -188,6 +201,14 @@ def _opened(path: Path) -> Image.Image:
         image.close()
         raise DataError(f"{path}: {reason}")
     return image
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Silence Pillow's warnings: of many pixels (our own limit follows, its global is not ours) and of damaged EXIF."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _unacceptable(image: Image.Image, head: bytes) -> str | None:
@@ -203,12 +224,19 @@ def _unacceptable(image: Image.Image, head: bytes) -> str | None:
     return None
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (pixels as they are stored) where there is none or none that can be read."""
     try:
-        turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except Exception as problem:  # damaged EXIF raises whatever its bytes lead to
-        name = getattr(image, "filename", "image")
-        raise DataError(f"{name}: damaged EXIF ({problem})") from None
+        # The base class's reader: that of PNG decodes the pixels to find EXIF behind them. `decode` has done so.
+        with _quiet_pillow():
+            return Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF raises whatever its bytes lead to
+        return 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width as shown."""
+    turned = _orientation(image) in _SWAPPING
     return (image.width, image.height) if turned else (image.height, image.width)
 
 

@@ -78,5 +78,5 @@ def test_many_exact_copies_are_told_not_compared():
     images = np.zeros((30_000, 8, 8, 1), np.uint8)
     images[:, 0, 0, 0], images[:, 0, 1, 0] = np.arange(30_000) % 251, np.arange(30_000) // 251
     images[5_000:] = images[0]
-    with pytest.raises(DataError, match=r"25001 of 30000 images.*image 0\).*near_duplicate_rms = 0.0"):
+    with pytest.raises(DataError, match=r"25001 or more of 30000 images.*image 0\).*near_duplicate_rms = 0.0"):
         groups_of(images, 0.0)
