@@ -27,6 +27,7 @@ TASKS = {
     "evaluate": "quality of every variant on the report part, with intervals",
 }
 MEASURED = {"profile", "measure"}
+UNRECORDED = {"profile"}  # it runs every time, to see whether the machine is another one; nothing is learned from that
 EDGE_COMMANDS = {
     "compare": "print what the reports say: every variant, its quality, cost and speed-up",
     "sync": "upload recorded runs to MLflow",
@@ -107,8 +108,11 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
     if "scratch" in paths and paths["scratch"] is None:
         paths["scratch"] = Path(".ado/scratch") / options.section
     extra = {"seed": seed} if "seed" in inspect.signature(function).parameters else {}
-    with tracking.recorded(options.section, name, settings, {**paths, **extra}, measured=name in MEASURED) as report:
-        result = function(settings, **paths, **extra, report=report)
+    if name in UNRECORDED:
+        result = function(settings, **paths, **extra)
+    else:
+        with tracking.recorded(options.section, name, settings, {**paths, **extra}, measured=name in MEASURED) as report:
+            result = function(settings, **paths, **extra, report=report)
     print(f"{options.section}: {result}", file=sys.stderr)
     return 0
 

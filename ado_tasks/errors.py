@@ -41,3 +41,9 @@ class StatisticsError(AdoError):
     """A figure cannot be computed from what was given: too few samples, a margin that is not positive."""
 
     exit_code = 7
+
+
+class HardwareError(AdoError):
+    """A measured task was asked for another machine's figures."""
+
+    exit_code = 8

@@ -1,0 +1,1 @@
+"""The machine: what it is (fingerprint), and what things cost on it (latency, memory)."""

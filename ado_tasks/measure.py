@@ -1,0 +1,117 @@
+"""Task `measure`: what every variant costs on this machine, all timed in turn."""
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from ado_tasks import rng
+from ado_tasks.backend import mx, on_cpu
+from ado_tasks.config import config
+from ado_tasks.errors import HardwareError
+from ado_tasks.hardware.fingerprint import this_machine
+from ado_tasks.hardware.latency import Spread, interleaved, speedups
+from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.report import SILENT, Reporter
+from ado_tasks.sampling import Draw, Sampler
+from ado_tasks.storage import read_json, write_json
+from ado_tasks.variants import Variant, calibrated_variants, student_variants, teacher_variants
+
+REFERENCE = "teacher-50"  # speed-ups are against it: same batch, device and precision
+
+
+@config
+class MeasureConfig:
+    """How costs are taken."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 64  # images sampled at once
+    rounds: Annotated[int, Field(ge=3)] = 5  # each variant once a round
+    shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
+    precision: Literal["float32"] = "float32"  # of weights and activations
+
+
+@dataclass(frozen=True)
+class MeasureResult:
+    """The span."""
+
+    fastest: str  # variant
+    speedup: float  # of it over the teacher's 50 steps, median
+
+
+def measure(
+    config: MeasureConfig, *, teacher: Path, progressive: Path, schedules: Path, profile: Path, out: Path, seed: int,
+    report: Reporter = SILENT,
+) -> MeasureResult:  # fmt: skip
+    """Time every variant in turn, interleaved, and write reports/measure.json (design.md §5).
+
+    A measured task: its output is this machine's. Whole samplings are timed, from noise to image, by wall clock.
+
+    Args:
+        config: see MeasureConfig.
+        teacher: a Diffusers folder.
+        progressive: folder of students.
+        schedules: folder made by `calibrate` for the teacher.
+        profile: file made by `profile`, on this machine.
+        out: the JSON file.
+        seed: of the noise (which does not matter to the figures).
+        report: where progress and figures go.
+
+    Raises:
+        HardwareError: the profile is another machine's.
+    """
+    machine, planned = this_machine(), read_json(profile)
+    if planned["id"] != machine.identity:
+        raise HardwareError(f"{profile} is of machine {planned['id']}, this is {machine.identity}: run `profile` here first")
+    stored = read_model(teacher)
+    variants = [*teacher_variants(stored), *student_variants(progressive), *calibrated_variants(stored, schedules)]
+    start = _start(variants[0], config.batch_size, seed)
+    actions = {variant.name: _sampling(variant, start, config) for variant in variants}
+    memory = {name: _peak_memory_mb(action) for name, action in actions.items()}
+    seconds = interleaved(actions, config.rounds, lambda done: report.progress(done, config.rounds))
+    gains = speedups(seconds, REFERENCE)
+    entries = []
+    for variant in variants:
+        taken = Spread.of(seconds[variant.name])
+        entries.append(
+            {
+                "name": variant.name, "nfe": variant.nfe, "batch": config.batch_size, "precision": config.precision,
+                "latency_ms_per_image": asdict(taken.scaled(1e3 / config.batch_size)),
+                "images_per_s": asdict(Spread.of([config.batch_size / value for value in seconds[variant.name]])),
+                "peak_memory_mb": memory[variant.name],
+                "speedup_vs_teacher": asdict(gains[variant.name]),
+            }
+        )  # fmt: skip
+        report.metric(f"{variant.name}.latency_ms_per_image", entries[-1]["latency_ms_per_image"]["median"])
+        report.metric(f"{variant.name}.speedup", gains[variant.name].median)
+    write_json(out, {"hardware": machine.as_plain(), "reference": REFERENCE, "rounds": config.rounds, "variants": entries})
+    fastest = max(gains, key=lambda name: gains[name].median)
+    return MeasureResult(fastest, gains[fastest].median)
+
+
+def _start(variant: Variant, count: int, seed: int) -> Draw:
+    model = variant.model.unet.config
+    size, classes = model.sample_size or model.size_multiple, model.num_class_embeds
+    height, width = size if isinstance(size, tuple) else (size, size)
+    noise = rng.generator(seed, "measure").standard_normal((count, height, width, model.in_channels)).astype(np.float32)
+    return Draw(noise, np.arange(count, dtype=np.int32) % classes if classes else None)
+
+
+def _sampling(variant: Variant, start: Draw, config: MeasureConfig) -> Callable[[], Any]:
+    sampler = Sampler(variant.model, config.batch_size, config.shards)
+    return lambda: sampler(start, variant.method, variant.times)
+
+
+def _peak_memory_mb(action: Callable[[], object]) -> float:
+    """The most MLX held at once; on a CPU, where MLX keeps no such count, the process's own peak so far."""
+    mx.reset_peak_memory()
+    action()
+    peak = mx.get_peak_memory()
+    if peak or not on_cpu():
+        return round(peak / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
