@@ -2,6 +2,8 @@
 # make test   install, run the tests
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
+# Bytecode is kept: without it every stage compiles its libraries anew (4 s).
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test install openblas lint format bench bars mlflow table clean lock parity
 
 UV_VERSION := 0.13.9
