@@ -1,7 +1,7 @@
 """The only command line: `python -m ado_tasks <task> …` (or `ado <task> …`).
 
-A task's options follow from its signature: every keyword-only `Path` is an option of that name, its config is one section
-of the params file, its seed the file's `seed`. Both drivers, DVC and Airflow, run these same commands.
+A task's options follow from its signature: every keyword-only `Path` is an option of that name, its config is one
+section of the params file, its seed the file's `seed`. Both drivers, DVC and Airflow, run these same commands.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_help=False,
     )  # fmt: skip
     parser.add_argument("command", nargs="?", choices=[*TASKS, *EDGE_COMMANDS], metavar="command")
-    if len(sys.argv) < 2 or sys.argv[1] in {"-h", "--help"}:  # noqa: PLR2004  (program name, then the command)
+    if len(sys.argv) < 2 or sys.argv[1] in {"-h", "--help"}:
         parser.add_argument("-h", "--help", action="help", help="show this")
     return parser
 
@@ -86,7 +86,9 @@ def task_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPar
     for parameter in _path_parameters(function):
         optional = parameter.default is None
         if parameter.name == "scratch":
-            parser.add_argument("--scratch", type=Path, default=None, help="checkpoints (default: .ado/scratch/SECTION)")
+            parser.add_argument(
+                "--scratch", type=Path, default=None, help="checkpoints (default: .ado/scratch/SECTION)"
+            )
         else:
             parser.add_argument(f"--{parameter.name.replace('_', '-')}", type=Path, required=not optional)
     return parser
@@ -101,7 +103,9 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
     params = config.read_params(options.params)
     seed = params.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ConfigError(f"seed: {seed!r} is not allowed: a whole number from 0 is required at the top of {options.params}")
+        raise ConfigError(
+            f"seed: {seed!r} is not allowed: a whole number from 0 is required at the top of {options.params}"
+        )
     config_type = next(iter(inspect.signature(function).parameters.values())).annotation
     settings = config.parse(config_type, config.section(params, options.section, str(options.params)), options.section)
     paths = {p.name: getattr(options, p.name) for p in _path_parameters(function)}
@@ -111,7 +115,9 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
     if name in UNRECORDED:
         result = function(settings, **paths, **extra)
     else:
-        with tracking.recorded(options.section, name, settings, {**paths, **extra}, measured=name in MEASURED) as report:
+        with tracking.recorded(
+            options.section, name, settings, {**paths, **extra}, measured=name in MEASURED
+        ) as report:
             result = function(settings, **paths, **extra, report=report)
     print(f"{options.section}: {result}", file=sys.stderr)
     return 0

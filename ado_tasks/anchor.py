@@ -12,10 +12,10 @@ from ado_tasks.backend import mx
 from ado_tasks.config import as_plain, config
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion import grids
-from ado_tasks.models.classifier import load_features
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.metrics.kernel import kernel_sums, kid_from_sums, real_sums
 from ado_tasks.metrics.noninferiority import kid_difference, margin, non_inferior, samples_needed
+from ado_tasks.models.classifier import load_features
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Sampler, draw
 from ado_tasks.storage import atomic_folder, save_arrays, write_json

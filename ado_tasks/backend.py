@@ -1,7 +1,8 @@
 """The one place where MLX is imported from, so that it is always set up the same way.
 
 `from ado_tasks.backend import mx, nn` everywhere else: on Linux the CPU wheel of MLX carries reference BLAS
-(3.7 GFLOP/s in a matrix product); OpenBLAS loaded before it brings 40 to 90. macOS uses Accelerate and Metal and needs nothing.
+(3.7 GFLOP/s in a matrix product); OpenBLAS loaded before it brings 40 to 90. macOS uses Accelerate and Metal and needs
+nothing.
 """
 
 import ctypes
@@ -36,9 +37,9 @@ def _preload_openblas() -> str:
 BLAS = _preload_openblas()
 
 import mlx.core as mx  # noqa: E402  (after the preload, on purpose)
-import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 import mlx.utils as mlx_utils  # noqa: E402
+from mlx import nn  # noqa: E402
 
 
 def on_cpu() -> bool:

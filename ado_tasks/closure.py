@@ -1,7 +1,7 @@
 """Which of our own modules a task runs: the static import closure, and one hash for the code in it.
 
-The closure is what a DVC stage must list among its `deps` (a test compares them), and its hash is part of a checkpoint's
-key: a checkpoint made by other code is never resumed from.
+The closure is what a DVC stage must list among its `deps` (a test compares them), and its hash is part of a
+checkpoint's key: a checkpoint made by other code is never resumed from.
 """
 
 import ast

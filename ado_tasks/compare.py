@@ -1,4 +1,4 @@
-"""`ado compare`: what the reports say, as one table: every variant, its quality with intervals, its cost and speed-up."""
+"""`ado compare`: the reports as one table: every variant, its quality with intervals, its cost and speed-up."""
 
 import argparse
 from collections.abc import Sequence
@@ -81,7 +81,8 @@ def closing_lines(quality: dict[str, Any], cost: dict[str, Any], reports: Path) 
         "",
         f"FD is in own features, at n = {floor['n']}; real against real it is {floor['mean']:.3g} "
         f"[{floor['range'][0]:.3g}, {floor['range'][1]:.3g}]. Never compare it with an FID.",
-        f"non-inferior: the upper end of the interval lies under the margin of {margin:.3g}, which was frozen before any student existed.",
+        f"non-inferior: the upper end of the interval lies under the margin of {margin:.3g}, "
+        "which was frozen before any student existed.",
         f"chosen (on the selection part): {chosen}{gain}.",
         f"pictures: {', '.join(str(reports / f'{name}.png') for name in ('samples', 'quality', 'paired'))}",
     ]

@@ -76,7 +76,7 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def section(params: Mapping[str, Any], name: str, where: str = "params.yaml") -> Mapping[str, Any]:
-    """The section of a params file at a dotted name, as `distill.progressive`. Raises ConfigError where it is absent."""
+    """The section of a params file at a dotted name (`distill.progressive`). Raises ConfigError where it is absent."""
     found: Any = params
     for depth, part in enumerate(name.split(".")):
         if not isinstance(found, Mapping) or part not in found:

@@ -48,7 +48,9 @@ class DistillConfig:
     def _stages_divide(self) -> Self:
         for before, after in pairwise((self.teacher_steps, *self.student_steps)):
             if after >= before or before % after:
-                raise ValueError(f"a student of {after} steps cannot replace {before} steps: it must be a smaller divisor")
+                raise ValueError(
+                    f"a student of {after} steps cannot replace {before} steps: it must be a smaller divisor"
+                )
         if not self.student_steps:
             raise ValueError("student_steps: at least one stage is required")
         return self
@@ -63,7 +65,14 @@ class DistillResult:
 
 
 def distill(
-    config: DistillConfig, *, teacher: Path, dataset: Path, out: Path, scratch: Path, seed: int, report: Reporter = SILENT
+    config: DistillConfig,
+    *,
+    teacher: Path,
+    dataset: Path,
+    out: Path,
+    scratch: Path,
+    seed: int,
+    report: Reporter = SILENT,
 ) -> DistillResult:
     """Distil a teacher progressively (Salimans & Ho 2022, algorithm 2) and write one Diffusers folder a student.
 
@@ -84,7 +93,9 @@ def distill(
     stored, data = read_model(teacher), open_dataset(dataset)
     kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))
     if kind == "epsilon":
-        raise ConfigError(f"{teacher}: predicts epsilon, which cannot be distilled to few steps; allowed: v_prediction, sample")
+        raise ConfigError(
+            f"{teacher}: predicts epsilon, which cannot be distilled to few steps; allowed: v_prediction, sample"
+        )
     schedule = schedule_from_diffusers(stored.scheduler_config)
     key = run_key(__name__, as_plain(config), {"dataset": data.sha256, "teacher": sha256_tree(teacher)}, seed)
     part = data.split("train")
@@ -107,7 +118,9 @@ def distill(
     report.picture("distillation", out / "distillation.png")
     for after in config.student_steps:
         Checkpoints.under(scratch, key + f"-{after}").clear()
-    return DistillResult(config.student_steps, {steps: curves[f"{steps} steps"][-1][1] for steps in config.student_steps})
+    return DistillResult(
+        config.student_steps, {steps: curves[f"{steps} steps"][-1][1] for steps in config.student_steps}
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,7 @@ class Stage:
             name=f"distill_{self.interval.student_steps}",
             steps=steps,
             batch_of=lambda index: self.batch(part, index),
-            learning_rate_of=lambda index: self.learning_rate_at(index),
+            learning_rate_of=self.learning_rate_at,
             checkpoints=checkpoints,
             checkpoint_every=self.config.checkpoint_every,
             report=report,

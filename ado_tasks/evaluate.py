@@ -15,9 +15,9 @@ from ado_tasks.errors import ArtifactError
 from ado_tasks.evaluation.calibration import compare_grids
 from ado_tasks.evaluation.pictures import save_paired, save_quality
 from ado_tasks.evaluation.quality import Reference, Scores, Yardstick, base_of, score
-from ado_tasks.models.classifier import load_features, load_judge
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.metrics.noninferiority import kid_difference, non_inferior
+from ado_tasks.models.classifier import load_features, load_judge
 from ado_tasks.pictures import save_grid
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Images, Sampler, draw
@@ -73,7 +73,9 @@ def evaluate(
     frozen = read_json(anchor / "anchor.json")
     data, extractor, judge = open_dataset(dataset), load_features(features), load_judge(features)
     if frozen["features_sha256"] != extractor.sha256:
-        raise ArtifactError(f"{anchor}: the margin was frozen with other features than {features} holds; run `anchor` again")
+        raise ArtifactError(
+            f"{anchor}: the margin was frozen with other features than {features} holds; run `anchor` again"
+        )
     stored = read_model(teacher)
     variants = [*teacher_variants(stored), *student_variants(progressive), *calibrated_variants(stored, schedules)]
     samplers = _Samplers(config)

@@ -66,7 +66,9 @@ def measure(
     """
     machine, planned = this_machine(), read_json(profile)
     if planned["id"] != machine.identity:
-        raise HardwareError(f"{profile} is of machine {planned['id']}, this is {machine.identity}: run `profile` here first")
+        raise HardwareError(
+            f"{profile} is of machine {planned['id']}, this is {machine.identity}: run `profile` here first"
+        )
     stored = read_model(teacher)
     variants = [*teacher_variants(stored), *student_variants(progressive), *calibrated_variants(stored, schedules)]
     start = _start(variants[0], config.batch_size, seed)
@@ -88,7 +90,9 @@ def measure(
         )  # fmt: skip
         report.metric(f"{variant.name}.latency_ms_per_image", entries[-1]["latency_ms_per_image"]["median"])
         report.metric(f"{variant.name}.speedup", gains[variant.name].median)
-    write_json(out, {"hardware": machine.as_plain(), "reference": REFERENCE, "rounds": config.rounds, "variants": entries})
+    write_json(
+        out, {"hardware": machine.as_plain(), "reference": REFERENCE, "rounds": config.rounds, "variants": entries}
+    )
     fastest = max(gains, key=lambda name: gains[name].median)
     return MeasureResult(fastest, gains[fastest].median)
 

@@ -16,7 +16,9 @@ from ado_tasks.storage import write_json
 class ProfileConfig:
     """Whose timings are wanted."""
 
-    target: Annotated[str, Field(pattern=r"^(auto|[0-9a-f]{16})$")] = "auto"  # a machine's id, or the one that runs this
+    target: Annotated[str, Field(pattern=r"^(auto|[0-9a-f]{16})$")] = (
+        "auto"  # a machine's id, or the one that runs this
+    )
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Terminal:
         self._bar = None
         if self.stream.isatty():
             from rich.console import Console  # noqa: PLC0415  (50 ms that a worker without a terminal need not pay)
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415, I001
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -120,7 +120,9 @@ class Terminal:
         now_s = time.monotonic()
         if done >= total or now_s - self._last_line_s >= PLAIN_LINE_EVERY_S:
             self._last_line_s = now_s
-            print(f"{self.title}: {done}/{total}  {now_s - self._started_s:.0f} s  {text}", file=self.stream, flush=True)
+            print(
+                f"{self.title}: {done}/{total}  {now_s - self._started_s:.0f} s  {text}", file=self.stream, flush=True
+            )
 
     def metric(self, name: str, value: float, step: int | None = None) -> None:
         """Figures of a whole task are printed; points of curves are not."""

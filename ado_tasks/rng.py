@@ -1,7 +1,7 @@
 """Randomness that depends on names, never on order: every draw is derived from a seed and a path of names.
 
-`key(seed, "train", "noise", step)` is the same whoever asks first, in whichever process, before or after a restart. That is
-what makes a resumed run equal an unbroken one. No global generator is ever read or moved.
+`key(seed, "train", "noise", step)` is the same whoever asks first, in whichever process, before or after a restart.
+That is what makes a resumed run equal an unbroken one. No global generator is ever read or moved.
 """
 
 import hashlib

@@ -57,8 +57,7 @@ class Sampler:
         self.schedule: NoiseSchedule = schedule_from_diffusers(model.scheduler_config)
         self.kind = str(model.scheduler_config.get("prediction_type", "epsilon"))
         self.batch_size = batch_size
-        unet = model.unet
-        self._apply: Callable[..., mx.array] = sharded_apply(lambda z, timestep, *labels: unet(z, timestep, *labels), shards)
+        self._apply: Callable[..., mx.array] = sharded_apply(model.unet, shards)
 
     def denoiser(self, labels: mx.array | None) -> Denoiser:
         """The model as a denoiser, with these labels bound."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic folders and files, checksums, safetensors. Nothing is ever unpickled."""
+"""Files that are whole or absent: atomic folders and files, checksums, safetensors. Nothing is ever unpickled."""
 
 import errno
 import hashlib
@@ -88,7 +88,7 @@ def _sync_tree(folder: Path) -> None:
 def atomic_files(out: Path, *, last: str) -> Iterator[Path]:
     """Yield a temporary folder beside `out`; on success each file in it moves into `out`, replacing its former self.
 
-    For a folder that several tasks write into. `last` names the file that moves last: who finds it finds the others too.
+    For a folder that several tasks write into. `last` names the file that moves last: who finds it finds the others.
     """
     with named_storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)

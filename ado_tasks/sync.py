@@ -88,7 +88,9 @@ def upload(client: "MlflowClient", experiment_id: str, folder: Path) -> str:
         if event["kind"] == "picture" and Path(event["path"]).is_file():
             client.log_artifact(run_id, event["path"], "pictures")
     client.set_terminated(run_id, record["status"], record["ended_ms"])
-    write_json(folder / "uploaded.json", {"run_id": run_id, "uri": tracking_uri(), "uploaded_ms": int(time.time() * 1e3)})
+    write_json(
+        folder / "uploaded.json", {"run_id": run_id, "uri": tracking_uri(), "uploaded_ms": int(time.time() * 1e3)}
+    )
     return run_id
 
 
@@ -149,4 +151,3 @@ def _experiment(client: "MlflowClient") -> str:
     local = (tracking.HOME / "mlartifacts").absolute()
     location = None if os.environ.get("MLFLOW_TRACKING_URI") else local.as_uri()
     return client.create_experiment(EXPERIMENT, artifact_location=location)
-

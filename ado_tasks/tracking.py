@@ -1,8 +1,8 @@
 """Every run of a task leaves a record on disk; a separate process carries records to MLflow.
 
-A task never waits for a tracker: it appends to `.ado/runs/<run>/events.jsonl`, and when it ends, well or badly, the record
-is closed and an uploader is started in the background (`ado sync`, at the lowest priority). If MLflow is away the record
-stays where it is, and the next uploader takes it.
+A task never waits for a tracker: it appends to `.ado/runs/<run>/events.jsonl`, and when it ends, well or badly, the
+record is closed and an uploader is started in the background (`ado sync`, at the lowest priority). If MLflow is away the
+record stays where it is, and the next uploader takes it.
 """
 
 import fcntl
@@ -99,7 +99,11 @@ def uploader_lock(wait: bool) -> Iterator[bool]:
 def pending() -> list[Path]:
     """Folders of closed records that have not reached MLflow completely, oldest first."""
     folders = sorted(path.parent for path in RUNS.glob("*/record.json"))
-    return [folder for folder in folders if not (folder / "uploaded.json").exists() and read_record(folder)["status"] != "RUNNING"]
+    return [
+        folder
+        for folder in folders
+        if not (folder / "uploaded.json").exists() and read_record(folder)["status"] != "RUNNING"
+    ]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -132,7 +136,9 @@ def _wait_for_uploader() -> None:
 
 def _git_revision() -> dict[str, Any]:
     try:
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         status = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
         ).stdout

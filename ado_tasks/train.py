@@ -118,7 +118,11 @@ def train(
     for name in ("training", "samples"):
         report.picture(name, out / f"{name}.png")
     checkpoints.clear()
-    return TrainResult(sum(array.size for _, array in mlx_utils.tree_flatten(unet.parameters())), curves["validation"][-1][1], weights_sha256)
+    return TrainResult(
+        sum(array.size for _, array in mlx_utils.tree_flatten(unet.parameters())),
+        curves["validation"][-1][1],
+        weights_sha256,
+    )
 
 
 def complete_model(model: dict[str, Any], data: Dataset) -> dict[str, Any]:

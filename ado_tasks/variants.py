@@ -83,4 +83,3 @@ def baseline_grid(name: str, steps: int, schedule: NoiseSchedule) -> np.ndarray:
 def schedule_of(model: StoredModel) -> NoiseSchedule:
     """The noise schedule a model was trained with."""
     return schedule_from_diffusers(model.scheduler_config)
-

@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def ado(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "ADO_SYNC": "manual", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", "ado_tasks", *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+        [sys.executable, "-m", "ado_tasks", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
     )
 
 
@@ -48,7 +53,9 @@ def test_a_tasks_help_says_what_it_reads_and_its_keys(task: str, capsys: pytest.
         ("seed: [\n", ["params.yaml", "YAML"], 2),
     ],
 )
-def test_bad_params_are_named_and_nothing_is_written(tmp_path: Path, params: str, words: list[str], status: int) -> None:
+def test_bad_params_are_named_and_nothing_is_written(
+    tmp_path: Path, params: str, words: list[str], status: int
+) -> None:
     (tmp_path / "params.yaml").write_text(params)
     done = ado("prepare", "--out", "data/x", cwd=tmp_path)
     assert done.returncode == status

@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_closure_is_what_python_really_imports() -> None:
     """The static closure covers every module of ours that importing the task loads."""
-    script = "import sys, ado_tasks.train; print('\\n'.join(m.__file__ for n, m in sys.modules.items() if n.startswith('ado_tasks')))"
+    script = (
+        "import sys, ado_tasks.train\n"
+        "for name, module in sys.modules.items():\n"
+        "    if name.startswith('ado_tasks'): print(module.__file__)"
+    )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = {Path(line).resolve() for line in run.stdout.split()}
     assert loaded <= set(closure.import_closure("ado_tasks.train"))

@@ -18,8 +18,8 @@ PARAMS = """\
 seed: 3
 prepare: {name: digits, source: digits}
 train:
-  model: {block_out_channels: [8, 8], down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D],
-          layers_per_block: 1, norm_num_groups: 4, attention_head_dim: 8}
+  model: {block_out_channels: [8, 8], down_block_types: [DownBlock2D, DownBlock2D],
+          up_block_types: [UpBlock2D, UpBlock2D], layers_per_block: 1, norm_num_groups: 4, attention_head_dim: 8}
   steps: 60
   batch_size: 16
   warmup_steps: 10
@@ -68,7 +68,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return workspace, sums, seconds
 
 
-def check_kills(unbroken: tuple[Path, dict[str, str], dict[str, float]], tmp_path: Path, task: str, times: int, seed: int) -> None:
+def check_kills(
+    unbroken: tuple[Path, dict[str, str], dict[str, float]], tmp_path: Path, task: str, times: int, seed: int
+) -> None:
     source, sums, seconds = unbroken
     moments = random.Random(seed)
     (tmp_path / "params.yaml").write_text(PARAMS)

@@ -13,7 +13,10 @@ def test_equal_names_give_equal_draws_in_any_order() -> None:
 
 
 def test_each_part_of_a_name_counts() -> None:
-    seeds = [rng.derive(s, *n) for s, n in [(0, ("a",)), (1, ("a",)), (0, ("b",)), (0, ("a", 1)), (0, ("a", "1")), (0, ("a\", \"1",))]]
+    seeds = [
+        rng.derive(s, *n)
+        for s, n in [(0, ("a",)), (1, ("a",)), (0, ("b",)), (0, ("a", 1)), (0, ("a", "1")), (0, ('a", "1',))]
+    ]
     assert len(set(seeds)) == len(seeds)
 
 

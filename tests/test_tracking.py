@@ -76,7 +76,9 @@ def test_records_reach_mlflow_once(workspace: Path) -> None:
     command = " ".join(tracking.read_record(folder)["command"])
     out = {"path": "models/teacher", "md5": "abc.dir"}
     dep = {"path": "data/digits", "md5": "def.dir"}
-    (workspace / "dvc.lock").write_text(json.dumps({"stages": {"train": {"cmd": command, "deps": [dep], "outs": [out]}}}))
+    (workspace / "dvc.lock").write_text(
+        json.dumps({"stages": {"train": {"cmd": command, "deps": [dep], "outs": [out]}}})
+    )
     assert sync.main([]) == 0
     (folder / "uploaded.json").unlink()  # as if the uploader had been killed between the last request and this note
     assert sync.main([]) == 0

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ado_tasks.datasets.shards import Dataset
-from ado_tasks.models.classifier import FeatureExtractor, Judge
 from ado_tasks.metrics.accuracy import class_accuracy
 from ado_tasks.metrics.coverage import precision_recall
 from ado_tasks.metrics.frechet import Excess, excess
@@ -18,6 +17,7 @@ from ado_tasks.metrics.memorisation import memorisation
 from ado_tasks.metrics.noninferiority import difference_from_sums, non_inferior
 from ado_tasks.metrics.paired import paired_distance
 from ado_tasks.metrics.random_features import random_features, standardisation, standardise
+from ado_tasks.models.classifier import FeatureExtractor, Judge
 from ado_tasks.sampling import Draw, Images
 
 Features = npt.NDArray[np.floating]
@@ -25,7 +25,7 @@ Features = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images and their features: the report part, which is measured against, and the train part, which was learned from."""
+    """Real images and their features: the report part, to measure against, and the train part, which was learned from."""
 
     report_images: Images
     train_images: Images
@@ -86,7 +86,7 @@ class Yardstick:
 
     @cached_property
     def random(self) -> tuple[Features, Features, Any]:
-        """Random-convolution features of report and train images, standardised on the train part, and that standardisation."""
+        """Random-convolution features of report and train images, standardised on the train part, and how."""
         train = random_features(self.reference.train_images)
         scale = standardisation(train)
         report = random_features(self.reference.report_images)
@@ -115,7 +115,7 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Base:
-    """The teacher's samples that differences are taken to: their Gram sums, and the fine solution's images and features."""
+    """The teacher's samples that differences are taken to: Gram sums; the fine solution's images and features."""
 
     sums: KernelSums
     fine: Images

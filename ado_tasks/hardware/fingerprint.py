@@ -51,7 +51,10 @@ def check_target(target: str) -> Machine:
     """
     here = this_machine()
     if target not in ("auto", here.identity):
-        raise HardwareError(f"hardware.target: {target} is wanted, this machine is {here.identity} ({here.chip}); allowed here: auto, {here.identity}")
+        raise HardwareError(
+            f"hardware.target: {target} is wanted, this machine is {here.identity} ({here.chip}); "
+            f"allowed here: auto, {here.identity}"
+        )
     return here
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: the state of an interrupted run, found again by a key of everything that decides the result.
 
-A checkpoint is one safetensors file under `scratch/<key>/`, written atomically. A damaged one is skipped for the one before it;
-deleting any of them costs time and never changes the result.
+A checkpoint is one safetensors file under `scratch/<key>/`, written atomically. A damaged one is skipped for the one
+before it; deleting any of them costs time and never changes the result.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
-"""Progressive distillation (Salimans & Ho 2022, arXiv:2202.00512, algorithm 2): a student learns to take several of its
-teacher's DDIM steps in one.
+"""Progressive distillation: a student learns to take several of its teacher's DDIM steps in one.
+
+Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2.
 
 Notation as there: a student of N steps goes from t = (i+1)/N to s = i/N; its teacher goes the same way in K steps.
 K = 2 is the paper's halving. A larger K in the first stage skips a student that nobody wants, at the same arithmetic.
