@@ -7,7 +7,7 @@ from ado_tasks.backend import mlx_utils, mx, nn
 from ado_tasks.models.embeddings import GaussianFourierProjection
 from ado_tasks.models.layers import Conv2d, Embedding, GroupNorm, LayerNorm
 
-FOURIER_SCALE = 16.0  # Song et al. 2021, appendix C; Diffusers' UNet2DModel
+FOURIER_SCALE = 16.0  # NCSN++ (Song et al. 2021), and written so in Diffusers' UNet2DModel
 
 
 def initialise(model: nn.Module, key: mx.array) -> None:

@@ -21,7 +21,7 @@ from ado_tasks.models.unet_layout import (
     skip_up_groups,
 )
 
-SKIP_SCALE = math.sqrt(2.0)  # Song et al. 2021, section H.2: sums of two branches keep their variance
+SKIP_SCALE = math.sqrt(2.0)  # Song et al. 2021, appendix H: sums of two branches keep their variance
 
 States = tuple[mx.array, ...]
 

@@ -30,7 +30,7 @@ RULES = (
     Rule(r".*\.(weight|bias)", "same"),
 )
 
-# Diffusers before 0.12 called the four projections of an attention block so (AttentionBlock, since removed).
+# So the four projections were called in Diffusers' former AttentionBlock; stored models still have these names.
 OLD_NAMES = (
     (re.compile(r"(.*attentions\.\d+)\.query\.(weight|bias)"), r"\1.to_q.\2"),
     (re.compile(r"(.*attentions\.\d+)\.key\.(weight|bias)"), r"\1.to_k.\2"),
