@@ -1,8 +1,8 @@
 """Every run of a task leaves a record on disk; a separate process carries records to MLflow.
 
 A task never waits for a tracker: it appends to `.ado/runs/<run>/events.jsonl`, and when it ends, well or badly, the
-record is closed and an uploader is started in the background (`ado sync`, at the lowest priority). If MLflow is away the
-record stays where it is, and the next uploader takes it.
+record is closed and an uploader is started in the background (`ado sync`, at the lowest priority). If MLflow is away
+the record stays where it is, and the next uploader takes it.
 """
 
 import fcntl

@@ -14,7 +14,7 @@ LABELS = {"teacher": "teacher, plain DDIM", "calibrated": "teacher, learned step
 
 
 def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float) -> None:
-    """KID − KID(teacher at 50 steps) with its interval, against evaluations an image; the margin as a band."""
+    """KID − KID(teacher at 50 steps) with its interval, by evaluations an image; the margin as a band."""
     figure = Figure(figsize=(6.6, 4.0))
     axes = plain_axes(figure)
     for family, rows in _families(entries).items():

@@ -25,7 +25,7 @@ Features = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images and their features: the report part, to measure against, and the train part, which was learned from."""
+    """Real images and their features: the report part, to measure against, and the train part, learned from."""
 
     report_images: Images
     train_images: Images
