@@ -6,10 +6,12 @@ first part. The number of parts comes from a config, never from the machine: sum
 and the bytes of a result do not depend on how many cores there were. A GPU fills itself: there the batch stays whole.
 """
 
+import atexit
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import cache
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from ado_tasks.backend import mx, on_cpu
@@ -22,16 +24,46 @@ R = TypeVar("R")
 _building = threading.Lock()  # held while a graph is traced or copied: models are changed in place while they are traced
 
 
-@cache
-def _worker(number: int) -> ThreadPoolExecutor:
-    """The thread that always computes part `number`: what it compiled and its stream are its own."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"part-{number}")
+class _Worker:
+    """A thread that computes one part after another, with a stream and compiled functions of its own."""
+
+    def __init__(self, number: int) -> None:
+        self._todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # A daemon: Python joins other threads before it calls what atexit holds, and this one would wait for ever.
+        self._thread = threading.Thread(target=self._run, name=f"part-{number}", daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)
+
+    def submit(self, function: Callable[..., R], *arguments: Any) -> "Future[R]":
+        """Compute function(*arguments) in the thread, on its stream."""
+        future: Future[R] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as problem:  # noqa: BLE001  (raised again where the result is asked for)
+                future.set_exception(problem)
+
+        self._todo.put(work)
+        return future
+
+    def _run(self) -> None:
+        with mx.stream(mx.new_stream(mx.cpu)):  # a stream belongs to the thread that made it
+            while (work := self._todo.get()) is not None:
+                work()
+                del work  # or its arrays would live until the next one comes
+        mx.clear_streams()  # MLX aborts the process at exit where a thread has left its streams behind
+
+    def stop(self) -> None:
+        """End the thread when it has done what it was given."""
+        self._todo.put(None)
+        self._thread.join()
 
 
 @cache
-def _stream(number: int) -> mx.Stream:
-    """The stream of a worker; first asked for by the worker, since a stream belongs to the thread that made it."""
-    return mx.new_stream(mx.cpu)
+def _worker(number: int) -> _Worker:
+    """The thread that always computes part `number`."""
+    return _Worker(number)
 
 
 class Parts(Generic[R]):
@@ -72,10 +104,9 @@ class Parts(Generic[R]):
         return list(zip(shares, results, strict=True))
 
     def _compute(self, number: int, shared: Tree, part: Batch) -> R:
-        with mx.stream(_stream(number)):
-            with _building:
-                result = self._compiled[number](shared, part)
-            mx.eval(result)
+        with _building:
+            result = self._compiled[number](shared, part)
+        mx.eval(result)
         return result
 
 
@@ -109,5 +140,3 @@ def _batch_size(arrays: Any) -> int:
 def _rows(array: mx.array, start: int, stop: int) -> mx.array:
     return mx.contiguous(array[start:stop]) if array.ndim else array
 
-
-__all__: Sequence[str] = ["Batch", "Loss", "Parts", "Tree", "sharded_apply"]
