@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ado_tasks import rng
-from ado_tasks.backend import mx
+from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.config import as_plain, config
 from ado_tasks.datasets.shards import Split, open_dataset
 from ado_tasks.diffusion import losses
@@ -164,7 +164,10 @@ class Stage:
     def loss(self, unet: UNet2D, teacher: Any) -> Callable[[Any, dict[str, mx.array]], mx.array]:
         """The stage's loss: mean over a batch of w(λ_t) ‖x̂(z_t) − x̃‖², x̃ from the teacher's walk."""
         weight = losses.weight(self.config.loss)
-        mx.eval(teacher)  # constants of a graph that other threads evaluate must be there already (see parallel.py)
+        # Arrays of its own, computed now: mx.compile cannot tell a constant from an input that is the same array, and the
+        # constants of a graph that other threads evaluate must be there already (see parallel.py).
+        teacher = mlx_utils.tree_map(lambda array: array * 1, teacher)
+        mx.eval(teacher)
 
         def denoiser(labels: mx.array | None) -> Any:
             return make_denoiser(lambda z, timestep: unet(z, timestep, labels), self.schedule, self.kind)
