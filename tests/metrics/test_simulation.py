@@ -31,6 +31,21 @@ def test_expected_kernel_is_the_mean_over_draws(random_mixture: Make) -> None:
     assert true_kid(p, q) > 0
 
 
+def test_expected_kernel_of_two_gaussians_by_their_moments() -> None:
+    """Independent coordinates: E x_i^k and E y_i^k are known, u = x_1 y_1 + x_2 y_2; then everything is turned."""
+    rng = np.random.default_rng(8)
+    a, b = rng.uniform(0.5, 2, size=(2, 2))
+    s, t = rng.uniform(0.5, 2, size=(2, 2))
+    one, two, three = a * b, (a**2 + s**2) * (b**2 + t**2), (a**3 + 3 * a * s**2) * (b**3 + 3 * b * t**2)
+    square = two.sum() + 2 * one.prod()
+    cube = three.sum() + 3 * two[0] * one[1] + 3 * two[1] * one[0]
+    truth = 1 + 3 * one.sum() / 2 + 3 * square / 4 + cube / 8
+    turn = np.linalg.qr(rng.normal(size=(2, 2)))[0]
+    p = Mixture(np.ones(1), (turn @ a)[None], (turn * s)[None])
+    q = Mixture(np.ones(1), (turn @ b)[None], (turn * t)[None])
+    assert expected_kernel(p, q) == pytest.approx(truth, rel=1e-12)
+
+
 def test_narrowed_and_moved_keep_what_they_should(random_mixture: Make) -> None:
     p = random_mixture(np.random.default_rng(2), 3, 4)
     np.testing.assert_allclose(p.moved(np.ones(4)).mean(), p.mean() + 1)
