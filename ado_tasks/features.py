@@ -21,6 +21,7 @@ from ado_tasks.storage import atomic_folder, save_arrays, sha256_file, write_jso
 ADAM = (0.9, 0.99)  # decay of the two moments: Kingma & Ba 2015 with a shorter second memory, as runs are short
 ADAM_EPSILON = 1e-8  # Kingma & Ba 2015, algorithm 1
 ORIENTATIONS = 4  # as is, mirrored, upside down, both: defined for any aspect ratio
+FIGURES_FROM = 2_000  # images: their mean is known to 1 in 45 of a standard deviation of images, which is plenty
 CURVE_EVERY = 20  # steps between points of the loss curve
 
 
@@ -32,7 +33,9 @@ class FeaturesConfig:
     filters: Annotated[int, Field(ge=4, le=256)] = 16  # of the first convolution; doubled behind it
     steps: Annotated[int, Field(ge=1)] = 400  # optimiser steps for each of the two networks
     batch: Annotated[int, Field(ge=2)] = 64  # images a step
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3  # at the start; falls to 0 as half a cosine
+    learning_rate: Annotated[float, Field(gt=0)] = (
+        3e-3  # highest; warms up over a tenth of the steps, falls to 0 as half a cosine
+    )
     shift_pixels: Annotated[int, Field(ge=0, le=8)] = 1  # half of the images are shifted by up to this much
 
 
@@ -109,16 +112,16 @@ def _architecture(config: FeaturesConfig, data: Dataset, kind: Any, classes: int
 
 
 def _train(config: FeaturesConfig, data: Dataset, arch: Architecture, seed: int, progress: _Progress) -> Weights:
-    """Adam on the cross-entropy, the learning rate falling as half a cosine; batch s depends on (seed, s) alone."""
+    """Adam on the cross-entropy; the batch of a step depends on the seed and the step alone."""
     part = data.split("train")
-    weights = classifier.initialise(arch, seed, "features", arch.kind)
+    weights = {**classifier.initialise(arch, seed, "features", arch.kind), **_input_figures(part)}
     first = {name: mx.zeros_like(w) for name, w in weights.items()}
     second = dict(first)
     step = mx.compile(_adam_step(arch))
     for number in range(config.steps):
         rng = generator(seed, "features", arch.kind, number)
         images, targets = _batch(part, data.num_classes > 1, config, rng)
-        rate = config.learning_rate * 0.5 * (1 + np.cos(np.pi * number / config.steps))
+        rate = config.learning_rate * _schedule(number, config.steps)
         # 1 - decay^t: the bias correction (Kingma & Ba 2015, algorithm 1). Arrays, so that nothing is compiled again.
         corrections = mx.array([1 - decay ** (number + 1) for decay in ADAM])
         weights, first, second, loss = step(
@@ -131,6 +134,23 @@ def _train(config: FeaturesConfig, data: Dataset, arch: Architecture, seed: int,
     return weights
 
 
+def _input_figures(part: Split) -> Weights:
+    """Mean and standard deviation of each channel, of the first images of the train part.
+
+    Without them a small shape on a dark ground is a small part of what the first layer sees: on 18 classes of drawn
+    shapes, 16x16, both networks were 12 percentage points worse after 400 steps.
+    """
+    images = part.batch(slice(0, FIGURES_FROM))
+    std = images.std(axis=(0, 1, 2))
+    figures = {"mean": images.mean(axis=(0, 1, 2)), "std": np.where(std > 0, std, 1)}
+    return {f"input.{name}": mx.array(values, mx.float32) for name, values in figures.items()}
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear over the first tenth (without it the first, large steps can silence every ReLU), half a cosine to 0."""
+    return min(1, 10 * (step + 1) / steps) * 0.5 * (1 + np.cos(np.pi * step / steps))
+
+
 def _adam_step(arch: Architecture) -> Callable[..., tuple[Weights, Weights, Weights, mx.array]]:
     """One step of bias-corrected Adam as a pure function of arrays."""
 
@@ -139,7 +159,7 @@ def _adam_step(arch: Architecture) -> Callable[..., tuple[Weights, Weights, Weig
         chosen = mx.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
         return mx.mean(mx.logsumexp(scores, axis=1) - chosen)
 
-    def step(  # noqa: PLR0917  (compiled: MLX takes arguments by position)
+    def step(
         weights: Weights,
         first: Weights,
         second: Weights,

@@ -39,8 +39,11 @@ class Architecture:
 
 
 def initialise(arch: Architecture, seed: int, *names: str) -> Weights:
-    """He-normal weights (He et al. 2015, eq. 10: variance 2 / fan-in), zero biases; every tensor from its own key."""
-    weights: Weights = {}
+    """He-normal weights (He et al. 2015, eq. 10: variance 2 / fan-in), zero biases; every tensor from its own key.
+
+    `input.mean` and `input.std` (of each channel) start at 0 and 1, are set from data, and are never trained.
+    """
+    weights: Weights = {"input.mean": mx.zeros((arch.channels,)), "input.std": mx.ones((arch.channels,))}
     for name, shape in _weight_shapes(arch).items():
         draw = mx.random.normal(shape, key=key(seed, *names, name))
         weights[f"{name}.weight"] = draw * (2 / prod(shape[1:])) ** 0.5
@@ -59,7 +62,8 @@ def penultimate(arch: Architecture, weights: Weights, images: mx.array) -> mx.ar
     Returns:
         (n, dimensions).
     """
-    maps = _BODIES[arch.kind](arch, weights, images)
+    mean, std = (mx.stop_gradient(weights[f"input.{name}"]) for name in ("mean", "std"))
+    maps = _BODIES[arch.kind](arch, weights, (images - mean) / std)
     return _linear(weights, "features", maps.reshape(maps.shape[0], -1))
 
 
@@ -144,7 +148,7 @@ def _load(folder: Path, section: str, file: str, further: set[str]) -> tuple[Arc
 
 def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a network."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {"input.mean": (arch.channels,), "input.std": (arch.channels,)}
     for name, shape in _weight_shapes(arch).items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
