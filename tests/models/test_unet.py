@@ -8,6 +8,7 @@ from unet_run import build
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.errors import ConfigError
 from ado_tasks.models.initialise import initialise
+from ado_tasks.models.layers import DropoutKeys
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.models.weights import flat_parameters
@@ -96,8 +97,6 @@ class TestDropout:
         assert np.abs(one - np.array(self.unet(X, T))).max() > 1e-2
 
     def test_the_mean_over_masks_is_the_input(self):
-        from ado_tasks.models.layers import DropoutKeys
-
         x = mx.ones((400, 500))
         kept = np.array(DropoutKeys(mx.random.key(0), 1).drop(x, 0.25))
         assert set(np.unique(kept)) == {0, np.float32(4 / 3)}
@@ -105,8 +104,6 @@ class TestDropout:
         assert not np.array(DropoutKeys(mx.random.key(0), 1).drop(x, 1.0)).any()
 
     def test_each_block_has_masks_of_its_own(self):
-        from ado_tasks.models.layers import DropoutKeys
-
         keys = DropoutKeys(mx.random.key(0), 2)
         first, second = (np.array(keys.drop(mx.ones((50, 50)), 0.5)) for _ in range(2))
         assert 0.3 < (first != second).mean() < 0.7
@@ -116,9 +113,21 @@ class TestDropout:
         np.testing.assert_array_equal(plain(X, T, dropout_key=mx.random.key(1)), plain(X, T))
 
     @pytest.mark.parametrize("name", ["k_cross_up", "attn_skip", "resnet_resize"])
-    def test_every_kind_of_block_gets_its_keys(self, name):
-        case = Case({**CASES[name].changes, "dropout": 0.3})
-        y = np.array(build(case)(X, T, dropout_key=mx.random.key(3)))
+    def test_every_residual_block_drops_once_with_a_key_of_its_own(self, name, monkeypatch):
+        used = []
+
+        class Recording(DropoutKeys):
+            def drop(self, x, probability):
+                dropped = super().drop(x, probability)
+                used.append((probability, np.array(dropped == 0).mean()))
+                return dropped
+
+        monkeypatch.setattr("ado_tasks.models.unet.DropoutKeys", Recording)
+        unet = build(Case({**CASES[name].changes, "dropout": 0.3}))
+        y = np.array(unet(X, T, dropout_key=mx.random.key(3)))
+        blocks = {path.rsplit(".", 2)[0] for path in flat_parameters(unet) if path.endswith("conv2.weight")}
+        assert len(used) == len(blocks) >= 6
+        assert all(probability == 0.3 and 0.1 < share < 0.5 for probability, share in used)
         assert np.isfinite(y).all() and np.abs(y - np.array(build(CASES[name])(X, T))).max() > 1e-3
 
 
