@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 import warnings
+from importlib.metadata import version
 
 OPENBLAS_INSTALL = "apt-get install libopenblas0-pthread"
 COMPILER_INSTALL = "apt-get install g++"
@@ -64,7 +65,7 @@ def numeric_fingerprint() -> dict[str, str]:
         "blas": BLAS,
         "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
         "compiled": str(HAS_CPU_COMPILER or not on_cpu()),
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
     }
 
 

@@ -22,7 +22,7 @@ C = TypeVar("C")
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def config(cls: type[C]) -> type[C]:
     """Make a class a frozen dataclass whose unknown keys, wrong types and out-of-range values are errors."""
-    return _pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))(cls)
+    return _pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))(cls)  # pyright: ignore[reportReturnType]
 
 
 def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:

@@ -1,6 +1,6 @@
 """Task `distill`: students that need ever fewer steps, each taught by the one before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +10,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ado_tasks import rng
-from ado_tasks.backend import mlx_utils, mx
+from ado_tasks.backend import mx
 from ado_tasks.config import as_plain, config
 from ado_tasks.datasets.shards import Split, open_dataset
 from ado_tasks.diffusion import losses
-from ado_tasks.diffusion.denoiser import make_denoiser
+from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.errors import ConfigError
@@ -25,6 +25,7 @@ from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.loop import Curve, Loop
 from ado_tasks.optimise.progressive import Interval, distillation_target
 from ado_tasks.optimise.steps import TrainStep
+from ado_tasks.parallel import sharded_apply
 from ado_tasks.pictures import save_curves
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.storage import atomic_folder, sha256_tree, write_json
@@ -139,13 +140,14 @@ class Stage:
     ) -> tuple[Any, Curve]:
         """Teach a student that starts from its teacher's weights; returns its weights and the loss curve."""
         steps = self.config.stage_steps
-        step = TrainStep(
-            self.loss(unet, teacher), teacher, clip=self.config.clip, ema_decay=None, shards=self.config.shards
-        )
+        frozen = UNet2D(unet.config)
+        frozen.update(teacher)
+        targets = self.targets(frozen)
+        step = TrainStep(self.loss(unet), teacher, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
         loop = Loop(
             name=f"distill_{self.interval.student_steps}",
             steps=steps,
-            batch_of=lambda index: self.batch(part, index),
+            batch_of=lambda index: self.batch(part, targets, index),
             learning_rate_of=self.learning_rate_at,
             checkpoints=checkpoints,
             checkpoint_every=self.config.checkpoint_every,
@@ -161,44 +163,53 @@ class Stage:
         last = self.config.stage_steps - 1
         return self.config.learning_rate * (1 - step / last) if last else self.config.learning_rate
 
-    def loss(self, unet: UNet2D, teacher: Any) -> Callable[[Any, dict[str, mx.array]], mx.array]:
-        """The stage's loss: mean over a batch of w(λ_t) ‖x̂(z_t) − x̃‖², x̃ from the teacher's walk."""
-        weight = losses.weight(self.config.loss)
-        # Arrays of its own, computed now: mx.compile cannot tell a constant from an input that is the same array, and the
-        # constants of a graph that other threads evaluate must be there already (see parallel.py).
-        teacher = mlx_utils.tree_map(lambda array: array * 1, teacher)
-        mx.eval(teacher)
+    def denoiser(self, unet: UNet2D, labels: Sequence[mx.array]) -> Denoiser:
+        """A network as a denoiser, with its labels (none or one array of them) bound."""
+        return make_denoiser(lambda z, timestep: unet(z, timestep, *labels), self.schedule, self.kind)
 
-        def denoiser(labels: mx.array | None) -> Any:
-            return make_denoiser(lambda z, timestep: unet(z, timestep, labels), self.schedule, self.kind)
+    def targets(self, teacher: UNet2D) -> Callable[..., mx.array]:
+        """(z, times, labels) → x̃, the teacher's weights compiled in.
 
-        def loss(parameters: Any, batch: dict[str, mx.array]) -> mx.array:
-            times = batch["times"]
-            alpha, sigma = self.schedule.alpha_sigma(times[:, 0])
-            noise = batch["noise"]
-            z = expand(alpha, noise) * batch["images"] + expand(sigma, noise) * noise
-            denoise = denoiser(batch.get("labels"))
-            unet.update(teacher)
-            wanted = distillation_target(denoise, z, times, self.schedule)
-            unet.update(parameters)
-            weights = weight(2 * (mx.log(alpha) - mx.log(sigma)))
-            return mx.mean(losses.weighted_squared_error(denoise(z, times[:, 0]), wanted, weights))
+        A function of its own: mx.compile mistakes weights that are held for weights that come in, where both are used.
+        """
+
+        def walk(z: mx.array, times: mx.array, *labels: mx.array) -> mx.array:
+            return distillation_target(self.denoiser(teacher, labels), z, times, self.schedule)
+
+        return sharded_apply(walk, self.config.shards)
+
+    def loss(self, student: UNet2D) -> Callable[[Any, Mapping[str, mx.array]], mx.array]:
+        """The stage's loss: mean over a batch of w(λ_t) ‖x̂(z_t) − x̃‖²."""
+
+        def loss(parameters: Any, batch: Mapping[str, mx.array]) -> mx.array:
+            student.update(parameters)
+            labels = [batch["labels"]] if "labels" in batch else []
+            x_hat = self.denoiser(student, labels)(batch["z"], batch["t"])
+            return mx.mean(losses.weighted_squared_error(x_hat, batch["target"], batch["weight"]))
 
         return loss
 
-    def batch(self, part: Split, step: int) -> dict[str, mx.array]:
-        """Images, noises and intervals i ~ U{0..N−1} of one step, drawn from (seed, stage, step)."""
+    def batch(self, part: Split, targets: Callable[..., mx.array], step: int) -> dict[str, mx.array]:
+        """z_t at the starts of intervals i ~ U{0..N−1}, and x̃, of one step: all drawn from (seed, stage, step)."""
         size, steps = self.config.batch_size, self.interval.student_steps
         rows = images_of_step(len(part), size, rng.derive(self.seed, "distill", steps), step)
         images = mx.array(part.batch(rows))
         # Strata as in training: every interval comes up equally often in a batch, to within one, in random order.
         generator = rng.generator(self.seed, "distill", steps, "index", step)
         index = np.floor((generator.permutation(size) + generator.random()) * steps / size)
+        times = self.interval.times(index)
+        alpha, sigma = (mx.array(level.astype(np.float32)) for level in self.schedule.alpha_sigma(times[:, 0]))
+        noise = mx.random.normal(images.shape, key=rng.key(self.seed, "distill", steps, "noise", step))
+        z = expand(alpha, noise) * images + expand(sigma, noise) * noise
+        labels = labels_of(part, rows)
+        clock = mx.array(times.astype(np.float32))
+        log_snr = mx.array(self.schedule.log_snr(times[:, 0]).astype(np.float32))
         return {
-            "images": images,
-            "noise": mx.random.normal(images.shape, key=rng.key(self.seed, "distill", steps, "noise", step)),
-            "times": mx.array(self.interval.times(index).astype(np.float32)),
-            **labels_of(part, rows),
+            "z": z,
+            "t": clock[:, 0],
+            "target": targets(z, clock, *labels.values()),
+            "weight": losses.weight(self.config.loss)(log_snr),
+            **labels,
         }
 
 

@@ -191,7 +191,8 @@ def load_arrays_and_metadata(path: Path) -> tuple[dict[str, mx.array], dict[str,
     """Read a safetensors file and the text metadata of its header."""
     _check_safetensors(path)
     try:
-        arrays, metadata = mx.load(str(path), return_metadata=True)  # pyright: ignore[reportGeneralTypeIssues]
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded
         mx.eval(arrays)
     except (RuntimeError, ValueError) as problem:
         raise ArtifactError(f"{path}: not a readable safetensors file ({problem})") from None

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from ado_tasks import rng
-from ado_tasks.backend import mlx_utils, mx
+from ado_tasks.backend import mx
 from ado_tasks.config import as_plain, config
 from ado_tasks.datasets.shards import Dataset, Split, open_dataset
 from ado_tasks.diffusion import grids, losses
@@ -20,6 +20,7 @@ from ado_tasks.interop.diffusers_folder import write_model
 from ado_tasks.models.initialise import initialise
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.models.weights import parameter_count
 from ado_tasks.optimise.batches import images_of_step, labels_of, times_of_step
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.loop import Loop
@@ -119,7 +120,7 @@ def train(
         report.picture(name, out / f"{name}.png")
     checkpoints.clear()
     return TrainResult(
-        sum(array.size for _, array in mlx_utils.tree_flatten(unet.parameters())),
+        parameter_count(unet),
         curves["validation"][-1][1],
         weights_sha256,
     )

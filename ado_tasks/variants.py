@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from ado_tasks.backend import mlx_utils
 from ado_tasks.diffusion import grids
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.diffusion.solvers import SOLVERS
 from ado_tasks.errors import ArtifactError
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model
+from ado_tasks.models.weights import parameter_count
 from ado_tasks.storage import read_json
 
 TEACHER_STEPS = (50, 8, 4, 2, 1)  # DDIM: the reference, and what halving its steps costs without distillation
@@ -36,7 +36,7 @@ class Variant:
     @property
     def parameters(self) -> int:
         """Numbers in its network."""
-        return sum(array.size for _, array in mlx_utils.tree_flatten(self.model.unet.parameters()))
+        return parameter_count(self.model.unet)
 
     @property
     def family(self) -> str:

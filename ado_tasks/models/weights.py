@@ -116,3 +116,8 @@ def _unexpected(expected: Mapping[str, mx.array], found: Mapping[str, mx.array])
         f"{name}: unexpected, found {tuple(found[name].shape)}; the configuration has no such weight"
         for name in found.keys() - expected.keys()
     ]
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Numbers in a network's weights."""
+    return sum(array.size for array in flat_parameters(model).values())

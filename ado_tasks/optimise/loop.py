@@ -63,7 +63,7 @@ class Loop:
         return self.curves
 
     def _check(self, losses: list[mx.array], done: int) -> None:
-        values = [float(loss.item()) for loss in losses]
+        values = [float(np.array(loss)) for loss in losses]
         for offset, value in enumerate(values):
             if not np.isfinite(value):
                 at = done - len(values) + offset + 1
