@@ -124,7 +124,9 @@ def _convolution(stride: int, padding: int):
     @convolve.vjp
     def convolve_vjp(primals, gradient, output):
         x, weight = primals
-        return _stride_1_vjp(x, weight, gradient, padding) if stride == 1 else _stride_2_vjp(x, weight, gradient, padding)
+        dx, dw = (_stride_1_vjp if stride == 1 else _stride_2_vjp)(x, weight, gradient, padding)
+        # Where nothing ties them, MLX may leave all dW for the end and keep every patch matrix until then.
+        return mx.depends([dx], [dw])[0], dw
 
     return convolve
 
@@ -169,37 +171,42 @@ def conv2d(x: mx.array, weight: mx.array, stride: int, padding: int) -> mx.array
 
 
 @lru_cache(maxsize=64)
-def _group_mean(channels: int, groups: int) -> np.ndarray:
-    """(C, C): a row of channel values times this is, for each channel, the mean over its group."""
-    return np.kron(np.eye(groups), np.ones((channels // groups,) * 2)).astype(np.float32) * np.float32(groups / channels)
+def _group_mean(channels: int, groups: int, pixels: int) -> np.ndarray:
+    """(C, C): a row of sums over pixels, one a channel, times this is, for each channel, the mean over its group."""
+    width = channels // groups
+    return np.kron(np.eye(groups), np.full((width, width), 1 / (width * pixels))).astype(np.float32)
 
 
 @lru_cache(maxsize=64)
 def _group_norm(groups: int, eps: float):
-    """Group normalisation of (B, N, C), as a function with a gradient of its own."""
+    """Group normalisation of (B, N, C), as a function with a gradient of its own. Sums over pixels are (B, 1, C)."""
 
     @mx.custom_function
     def normalise(x: mx.array, weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        mean_of_group = mx.array(_group_mean(x.shape[-1], groups))
-        centred = x - (mx.mean(x, axis=1) @ mean_of_group)[:, None]
-        scale = mx.rsqrt(mx.mean(centred * centred, axis=1) @ mean_of_group + eps)
-        return centred * (scale * weight)[:, None] + bias, centred, scale
+        mean_of_group = mx.array(_group_mean(x.shape[2], groups, x.shape[1]))
+        # The mean is taken off before squares are summed: E x² - (E x)² would lose digits where the mean is large.
+        centred = x - mx.sum(x, axis=1, keepdims=True) @ mean_of_group
+        scale = mx.rsqrt(mx.sum(centred * centred, axis=1, keepdims=True) @ mean_of_group + eps)
+        return centred * (_apart(scale) * weight) + bias, centred, scale
 
     @normalise.vjp
     def normalise_vjp(primals, cotangents, outputs):
         """With c = x - μ, r = 1/σ, g = dL/dy: dx = r (g w - mean(g w) - c r² mean(g w c)), means over pixels and group."""
         _, weight, _ = primals
         gradient, (_, centred, scale) = cotangents[0], outputs
-        mean_of_group = mx.array(_group_mean(weight.shape[0], groups))
-        pixels = centred.shape[1]
-        total, moment = mx.sum(gradient, axis=1), mx.sum(gradient * centred, axis=1)  # (B, C)
-        by_gradient = scale * weight
-        by_one = ((total * weight) @ mean_of_group) * scale * (1 / pixels)
-        by_centred = ((moment * weight) @ mean_of_group) * scale * scale * scale * (1 / pixels)
-        dx = gradient * by_gradient[:, None] - centred * by_centred[:, None] - by_one[:, None]
-        return dx, mx.sum(moment * scale, axis=0), mx.sum(total, axis=0)
+        weighted_mean = weight[:, None] * mx.array(_group_mean(weight.shape[0], groups, centred.shape[1]))
+        total = mx.sum(gradient, axis=1, keepdims=True)
+        moment = mx.sum(gradient * centred, axis=1, keepdims=True)
+        by_one, by_centred = total @ weighted_mean, moment @ weighted_mean
+        dx = scale * (gradient * weight - by_one - centred * (by_centred * scale * scale))
+        return dx, mx.sum(moment * scale, axis=(0, 1)), mx.sum(total, axis=(0, 1))
 
     return normalise
+
+
+def _apart(x: mx.array) -> mx.array:
+    """The same array, behind an operation that MLX does not fuse: what makes x is done once, not for every pixel it meets."""
+    return x.reshape(x.shape[0], -1).reshape(x.shape)
 
 
 def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:

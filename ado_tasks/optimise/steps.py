@@ -1,7 +1,7 @@
 """One optimiser step, compiled: gradient over parallel parts of the batch, global clip, Adam, averaged weights.
 
-The whole state is one flat dictionary of arrays that goes in and comes out, so that a checkpoint is exactly that dictionary and
-a resumed run goes on with the same bytes. Everything that changes between steps is an array: a Python number would be compiled in.
+The state is a flat dictionary of arrays, so that a checkpoint is exactly that dictionary and a resumed run goes on with the same
+bytes. Everything that changes between steps is an array: a Python number would be compiled in.
 """
 
 import math
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.errors import ArtifactError
-from ado_tasks.parallel import Batch, Loss, Parts, Tree
+from ado_tasks.parallel import Batch, Loss, Tree, map_parts, parts_at_once, side_by_side
 
-State = dict[str, mx.array]
+Vectors = dict[str, mx.array]  # by kind: "parameters", "adam.first", "adam.second" and, where one is kept, "average"
+Arrays = dict[str, mx.array]  # parameters by name
 
 BETAS = (0.9, 0.999)  # Kingma & Ba 2015, algorithm 1
 EPSILON = 1e-8  # the same; outside the square root, as in PyTorch
@@ -32,25 +33,40 @@ class Layout:
         flat = sorted(mlx_utils.tree_flatten(parameters))
         return Layout(tuple(name for name, _ in flat), tuple(tuple(array.shape) for _, array in flat))
 
-    def flatten(self, parameters: Tree) -> mx.array:
-        """A tree of arrays as one vector."""
-        arrays = dict(mlx_utils.tree_flatten(parameters))
-        return mx.concatenate([arrays[name].reshape(-1) for name in self.names])
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return sum(map(math.prod, self.shapes))
 
-    def unflatten(self, vector: mx.array) -> Tree:
-        """The vector as a tree; each array is a view of it."""
-        arrays, start = [], 0
+    def groups(self, count: int) -> list["Layout"]:
+        """Cut into `count` layouts of about the same size, in order; none is empty where there are parameters enough."""
+        groups, start, done, total = [], 0, 0, self.size
+        for number in range(count):
+            stop, goal = start, total * (number + 1) / count
+            while stop < len(self.names) and (stop == start or done + math.prod(self.shapes[stop]) / 2 <= goal):
+                done += math.prod(self.shapes[stop])
+                stop += 1
+            groups.append(Layout(self.names[start:stop], self.shapes[start:stop]))
+            start = stop
+        return groups
+
+    def flatten(self, arrays: Mapping[str, mx.array]) -> mx.array:
+        """Named arrays as one vector."""
+        return mx.concatenate([mx.zeros(0), *(arrays[name].reshape(-1) for name in self.names)])
+
+    def unflatten(self, vector: mx.array) -> dict[str, mx.array]:
+        """The vector as named arrays; each is a view of it."""
+        arrays, start = {}, 0
         for name, shape in zip(self.names, self.shapes, strict=True):
-            size = math.prod(shape)
-            arrays.append((name, vector[start : start + size].reshape(shape)))
-            start += size
-        return mlx_utils.tree_unflatten(arrays)
+            arrays[name] = vector[start : start + math.prod(shape)].reshape(shape)
+            start += math.prod(shape)
+        return arrays
 
 
 class TrainStep:
     """Adam with bias correction (Kingma & Ba 2015, algorithm 1), a clipped global gradient norm, and averaged weights.
 
-    `step(batch, learning_rate)` returns the loss before the step, not yet waited for. `state` is what a checkpoint keeps.
+    `step(batch, learning_rate)` returns the loss before the step. `state` is what a checkpoint keeps.
     """
 
     def __init__(self, loss: Loss, parameters: Tree, *, clip: float, ema_decay: float | None, shards: int = 1):
@@ -63,57 +79,55 @@ class TrainStep:
             shards: parts of a batch computed at the same time on a CPU (see parallel.py). Decides the last bits of a result.
         """
         self._layout = Layout.of(parameters)
-        self._clip, self._ema_decay = clip, ema_decay
-        start = self._layout.flatten(parameters)
-        self.state: State = {
-            "step": mx.array(0, dtype=mx.int32),
-            "parameters": start,
-            "adam.first": mx.zeros_like(start),
-            "adam.second": mx.zeros_like(start),
-        }
-        if ema_decay is not None:
-            self.state["average"] = start * 1  # an array of its own: the step reuses the memory of what goes in
-        mx.eval(self.state)
-        self._done = 0
-        value_and_grad = mx.value_and_grad(loss)
-
-        def gradient(vector: mx.array, batch: Batch) -> tuple[mx.array, mx.array]:
-            value, tree = value_and_grad(self._layout.unflatten(vector), batch)
-            return value, self._layout.flatten(tree)
-
-        self._gradients = Parts(gradient, shards)
-        self._update = mx.compile(self._updated)
+        # On a CPU the optimiser's step is taken in groups of parameters, side by side as the parts of the batch are.
+        self._groups = self._layout.groups(parts_at_once(shards))
+        self._clip, self._ema_decay, self._shards, self._done = clip, ema_decay, shards, 0
+        self._value_and_grad = mx.value_and_grad(loss)
+        self._step = mx.compile(self._advance)
+        start = self._layout.flatten(dict(mlx_utils.tree_flatten(parameters)))
+        kinds = {"parameters": start, "adam.first": mx.zeros_like(start), "adam.second": mx.zeros_like(start)}
+        self._put(kinds if ema_decay is None else {**kinds, "average": start})
         self._running: mx.array | None = None
 
     def __call__(self, batch: Batch, learning_rate: float) -> mx.array:
         """Take one step. One may be running while the next is prepared, never more: each holds its memory."""
-        shares, parts = zip(*self._gradients(self.state["parameters"], batch), strict=True)
         rates = mx.array(step_rates(self._done, learning_rate, self._ema_decay), dtype=mx.float32)
-        self.state, loss = self._update(self.state, list(parts), mx.array(shares), rates)
+        self._vectors, self._arrays, loss = self._step(self._vectors, self._arrays, dict(batch), rates)
         self._done += 1
         if self._running is not None:
             mx.eval(self._running)
-        mx.async_eval(self.state, loss)
+        mx.async_eval(self._vectors, self._arrays, loss)
         self._running = loss
         return loss
 
-    def _updated(
-        self, state: State, parts: list[tuple[mx.array, mx.array]], shares: mx.array, rates: mx.array
-    ) -> tuple[State, mx.array]:
-        """The sum over the parts, in their order, L = Σ (n_s/n) L_s and so its gradient; then one step of Adam."""
-        loss = sum((shares[i] * value for i, (value, _) in enumerate(parts)), mx.array(0.0))
-        gradient = sum((shares[i] * vector for i, (_, vector) in enumerate(parts)), mx.array(0.0))
-        return adam(state, gradient, mx.sqrt(gradient @ gradient), rates, self._clip), loss
+    def _advance(
+        self, vectors: list[Vectors], arrays: Arrays, batch: Batch, rates: mx.array
+    ) -> tuple[list[Vectors], Arrays, mx.array]:
+        """One step as a pure function, to be compiled."""
+        parts = map_parts(lambda part: self._gradient(arrays, part), batch, self._shards)
+        loss = _weighted_sum([(share, value) for share, (value, _) in parts])
 
-    def parameters(self) -> Tree:
-        """The weights as they are now."""
-        return self._layout.unflatten(self.state["parameters"])
+        def update(number: int) -> tuple[Vectors, Arrays]:
+            # Each group works out the norm for itself: cheaper than to wait for another stream.
+            gradients = [_weighted_sum([(share, all_[g]) for share, (_, all_) in parts]) for g in range(len(self._groups))]
+            norm = mx.sqrt(sum((gradient @ gradient for gradient in gradients), mx.array(0.0)))
+            new = adam(vectors[number], gradients[number], norm, rates, self._clip)
+            return new, self._groups[number].unflatten(new["parameters"])
 
-    def averaged_parameters(self) -> Tree:
-        """The averaged weights. Raises ValueError where none are kept."""
-        if "average" not in self.state:
-            raise ValueError("no averaged weights are kept: ema_decay is None")
-        return self._layout.unflatten(self.state["average"])
+        updated = side_by_side([lambda number=number: update(number) for number in range(len(self._groups))])
+        return [new for new, _ in updated], {k: v for _, named in updated for k, v in named.items()}, loss
+
+    def _gradient(self, arrays: Arrays, batch: Batch) -> tuple[mx.array, list[mx.array]]:
+        """The loss, and its gradient as one vector for each group."""
+        value, tree = self._value_and_grad(mlx_utils.tree_unflatten(list(arrays.items())), batch)
+        named = dict(mlx_utils.tree_flatten(tree))
+        return value, [group.flatten(named) for group in self._groups]
+
+    @property
+    def state(self) -> dict[str, mx.array]:
+        """All that a later run needs to go on: the count of steps, and a vector of each kind."""
+        joined = {kind: mx.concatenate([vectors[kind] for vectors in self._vectors]) for kind in self._vectors[0]}
+        return {"step": mx.array(self._done, dtype=mx.int32), **joined}
 
     def load(self, state: Mapping[str, mx.array]) -> None:
         """Go on from a checkpoint's state. Raises ArtifactError where it does not fit this network."""
@@ -121,8 +135,40 @@ class TrainStep:
         found = {name: (array.shape, array.dtype) for name, array in state.items()}
         if expected != found:
             raise ArtifactError(f"a checkpoint does not fit: it holds {found}, expected {expected}")
-        self.state, self._running = dict(state), None
-        self._done = int(self.state["step"].item())
+        self._put({kind: array for kind, array in state.items() if kind != "step"})
+        self._done, self._running = int(state["step"].item()), None
+
+    def _put(self, kinds: Mapping[str, mx.array]) -> None:
+        """Take whole vectors as the state: a copy of each, cut into the groups."""
+        ends = [0]
+        for group in self._groups:
+            ends.append(ends[-1] + group.size)
+        self._vectors: list[Vectors] = [
+            {kind: vector[start:stop] * 1 for kind, vector in kinds.items()}
+            for start, stop in zip(ends, ends[1:], strict=False)
+        ]
+        pairs = zip(self._groups, self._vectors, strict=True)
+        self._arrays = {k: v for group, vectors in pairs for k, v in group.unflatten(vectors["parameters"]).items()}
+        mx.eval(self._vectors, self._arrays)
+
+    def parameters(self) -> Tree:
+        """The weights as they are now."""
+        return mlx_utils.tree_unflatten(list(self._arrays.items()))
+
+    def averaged_parameters(self) -> Tree:
+        """The averaged weights. Raises ValueError where none are kept."""
+        if "average" not in self._vectors[0]:
+            raise ValueError("no averaged weights are kept: ema_decay is None")
+        return mlx_utils.tree_unflatten(list(self._layout.unflatten(self.state["average"]).items()))
+
+
+def _weighted_sum(terms: list[tuple[float, mx.array]]) -> mx.array:
+    """Σ_s (n_s/n) x_s, in the order of the parts: the mean over a batch from the means over its parts."""
+    (share, total), *others = terms
+    total = total if not others else total * share
+    for share, term in others:
+        total = total + term * share
+    return total
 
 
 def averaging_decay(done: int, decay: float) -> float:
@@ -136,18 +182,18 @@ def step_rates(done: int, learning_rate: float, ema_decay: float | None) -> list
     return [learning_rate / first, 1 / second, 0.0 if ema_decay is None else 1 - averaging_decay(done, ema_decay)]
 
 
-def adam(state: State, gradient: mx.array, norm: mx.array, rates: mx.array, clip: float) -> State:
+def adam(state: Vectors, gradient: mx.array, norm: mx.array, rates: mx.array, clip: float) -> Vectors:
     """One step of Adam on a gradient clipped to the norm `clip`, and of the average where one is kept.
 
     g := g min(1, clip/‖g‖) (Pascanu et al. 2013); m = β₁m + (1-β₁)g; v = β₂v + (1-β₂)g²;
     θ -= α/(1-β₁ᵗ) m / (√(v/(1-β₂ᵗ)) + ε) (Kingma & Ba 2015, algorithm 1); average += (1 - decay)(θ - average).
-    A NaN in the gradient makes the norm, and so every parameter, NaN.
+    `norm` is that of the whole gradient; a NaN in it makes every parameter NaN.
     """
     gradient = gradient * mx.minimum(clip / (norm + CLIP_EPSILON), 1.0)
     first = BETAS[0] * state["adam.first"] + (1 - BETAS[0]) * gradient
     second = BETAS[1] * state["adam.second"] + (1 - BETAS[1]) * (gradient * gradient)
     parameters = state["parameters"] - rates[0] * first / (mx.sqrt(second * rates[1]) + EPSILON)
-    new = {"step": state["step"] + 1, "parameters": parameters, "adam.first": first, "adam.second": second}
+    new = {"parameters": parameters, "adam.first": first, "adam.second": second}
     if "average" in state:
         new["average"] = state["average"] + rates[2] * (parameters - state["average"])
     return new
