@@ -1,20 +1,20 @@
 """GITS: where a frozen model should step, by dynamic programming on its own trajectories (Chen et al. 2024).
 
-One batch of fine trajectories z_0 … z_m, ending clean, is made once with the frozen model. cost[i, j] is the error of one
-jump of a DDIM step (Euler's, in EDM's variables) from z_i straight to time j, against z_j. Of all ways to go from 0 to m
-in k jumps the one with the least discounted sum of costs is taken (their Alg. 1):
+One batch of fine trajectories z_0 … z_m, ending clean, is made once with the frozen model. cost[i, j] is the error of
+one jump of a DDIM step (Euler's, in EDM's variables) from z_i straight to time j, against z_j. Of all ways to go from
+0 to m in k jumps the one with the least discounted sum of costs is taken (their Alg. 1):
 
     V[j][k] = min_i cost[j, i] + γ V[i][k − 1],    V[j][1] = cost[j, m],    γ = 1.15,
 
 with the arg-mins stored. Errors made late weigh more (γ > 1), since the model corrects early ones in part.
 
-The error used here is the root mean square over the batch of the difference in z; their `l2` metric is the mean norm in
-z/α. On a variance-exploding schedule z is z/α. On a variance-preserving one z is the better scale: a difference δ in z/α
-changes the sample that comes of it by about s/√(s² + (σ/α)²) δ, which for data of unit variance is α δ.
+The error used here is the root mean square over the batch of the difference in z; their `l2` metric is the mean norm
+in z/α. On a variance-exploding schedule z is z/α. On a variance-preserving one z is the better scale: a difference δ
+in z/α changes the sample that comes of it by about s/√(s² + (σ/α)²) δ, which for data of unit variance is α δ.
 
-Two things are added. A start below t = 1: the initial noise is taken for z_j at no evaluation, and costs its distance to
-z_j. And multistep solvers, where the slope of a jump depends on the jump before it: it is priced with the second-order
-Adams–Bashforth slope (3 ε̂_i − ε̂_h)/2, and the programme runs over pairs of knots.
+Two things are added. A start below t = 1: the initial noise is taken for z_j at no evaluation, and costs its distance
+to z_j. And multistep solvers, where the slope of a jump depends on the jump before it: it is priced with the
+second-order Adams–Bashforth slope (3 ε̂_i − ε̂_h)/2, and the programme runs over pairs of knots.
 """
 
 from dataclasses import dataclass
@@ -91,7 +91,8 @@ def jump_costs(path: TeacherPath) -> Floats:
 def multistep_costs(path: TeacherPath) -> Floats:
     """cost[h, i, j]: error of a jump i → j whose slope is (3 ε̂_i − ε̂_h)/2.
 
-    It lands (σ_j − α_j σ_i/α_i)(ε̂_i − ε̂_h)/2 away from the DDIM jump. (m + 1, m + 1, m + 1); infinite unless h < i < j.
+    It lands (σ_j − α_j σ_i/α_i)(ε̂_i − ε̂_h)/2 away from the DDIM jump.
+    (m + 1, m + 1, m + 1); infinite unless h < i < j.
     """
     size = path.last + 1
     costs = np.full((size, size, size), np.inf)

@@ -1,6 +1,6 @@
 """GITS: equal to brute force, costs that are the errors they claim to be, and a gain on an exactly known problem."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_knots_equal_brute_force(jumps, free, seed):
     costs, starts = random_costs(seed, 2), 0.3 * random_costs(seed + 100, 1)
 
     def total(path):
-        jumped = discounted([costs[i, j] for i, j in zip(path, path[1:], strict=False)])
+        jumped = discounted([costs[i, j] for i, j in pairwise(path)])
         return starts[path[0]] + GAMMA * jumped if free else jumped
 
     expected = min(paths(jumps, free), key=total)

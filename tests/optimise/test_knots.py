@@ -41,7 +41,7 @@ def test_one_free_knot_is_where_a_search_finds_it():
 
     fit = fit_knots(solve, exact, uniform_time(2), max_solves=20, free_start=False)
     best = minimize_scalar(error, bounds=(0.05, 0.95), method="bounded")
-    assert fit.mean_square == pytest.approx(best.fun, rel=0.01)
+    assert fit.mean_square == pytest.approx(best.fun, rel=0.02)
     assert fit.times[0] == 1
 
 
@@ -67,7 +67,7 @@ def test_a_fit_improves_on_held_out_noise(solver, free_start):
 
 
 @pytest.mark.parametrize("budget", [1, 2, 6, 7, 30])
-def test_the_budget_is_kept_and_the_result_never_worse_than_the_start(budget):
+def test_the_budget_is_kept_and_the_result_is_never_worse_than_the_start(budget):
     calls = []
 
     def solve(times):
@@ -112,3 +112,17 @@ def test_knots_on_timesteps_are_whole_distinct_and_near(interior):
 def test_knots_that_are_timesteps_already_stay():
     times = np.array([1.0, 0.75, 0.02, 0.001, 0.0])
     np.testing.assert_array_equal(on_timesteps(times, 1000), times)
+
+
+def test_a_few_samples_that_go_elsewhere_do_not_lead_the_fit():
+    rng = np.random.default_rng(1)
+    features = rng.standard_normal((40, 4, 6))
+    wanted, elsewhere = np.array([1.0, 0.6, 0.25, 0.0]), np.array([1.0, 0.9, 0.8, 0.0])
+
+    def solve(times):
+        return np.einsum("k,bkd->bd", np.exp(2 * times), features)
+
+    target = solve(wanted)
+    target[:5] = solve(elsewhere)[:5] + 5 * rng.standard_normal((5, 6))
+    fit = fit_knots(solve, target, uniform_time(3), max_solves=40, free_start=False)
+    np.testing.assert_allclose(fit.times, wanted, atol=0.03)  # plain least squares ends 0.1 away

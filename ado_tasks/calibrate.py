@@ -1,0 +1,252 @@
+"""Task `calibrate`: where a frozen model's sampler should step, for each solver and number of evaluations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from ado_tasks.backend import mx
+from ado_tasks.config import as_plain, config
+from ado_tasks.datasets.shards import open_dataset
+from ado_tasks.diffusion import grids
+from ado_tasks.diffusion.schedules import NoiseSchedule
+from ado_tasks.errors import DivergenceError
+from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.optimise import gits
+from ado_tasks.optimise.knots import fit_knots, on_timesteps, resampled
+from ado_tasks.pictures import plain_axes, save_figure
+from ado_tasks.report import SILENT, Reporter
+from ado_tasks.sampling import Draw, Sampler, draw
+from ado_tasks.storage import atomic_folder, sha256_tree, write_json
+from ado_tasks.variants import BASELINE_GRIDS, baseline_grid
+
+Floats = npt.NDArray[np.float64]
+
+INDEX = "index.json"
+PICTURE = "schedules.png"
+FIT, VALIDATE = "calibrate/fit", "calibrate/validate"  # names of draws: neither is ever reported on
+
+# How a solver runs in Diffusers at its learned timesteps: `set_timesteps(timesteps=…)` of this scheduler, made with
+# `from_config(model's scheduler config, **fields)`. DDIMScheduler itself takes evenly spaced timesteps only, and
+# IPNDMScheduler has no noise schedule of a model's own: iPNDM at learned knots runs here alone.
+DIFFUSERS = {
+    "ddim": {
+        "scheduler": "DPMSolverMultistepScheduler",
+        "fields": {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"},
+    }
+}
+
+
+@config
+class CalibrateConfig:
+    """How knots are learned."""
+
+    nfe: tuple[Annotated[int, Field(ge=2, le=50)], ...] = (4, 5, 6, 8)  # evaluations an image to learn knots for
+    solvers: tuple[Literal["ddim", "ipndm"], ...] = ("ddim", "ipndm")  # one evaluation a step, deterministic
+    samples: Annotated[int, Field(ge=8)] = 64  # trajectories that knots are fitted on
+    validation_samples: Annotated[int, Field(ge=8)] = 64  # other trajectories that candidates are compared on
+    points: Annotated[int, Field(ge=12)] = gits.TEACHER_POINTS  # of a fine trajectory (Chen et al. 2024, §4.1)
+    gamma: Annotated[float, Field(gt=0)] = gits.GAMMA  # discount of GITS (Chen et al. 2024, §3.3)
+    max_solves: Annotated[int, Field(ge=1)] = 12  # runs of the solver that one fit may make; each costs nfe evaluations
+    free_start: bool = True  # may the first evaluation be at t < 1, taking the noise as it is?
+    shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """What came out."""
+
+    learned: tuple[str, ...]  # <solver>-<nfe> of each schedule
+    evaluations: int  # network evaluations of one image, times images
+    ratio_to_best: dict[str, float]  # distance to the fine solution over the best usual grid's, validation noise
+
+
+def calibrate(
+    config: CalibrateConfig, *, model: Path, dataset: Path, out: Path, seed: int, report: Reporter = SILENT
+) -> CalibrateResult:
+    """Learn sampling knots for a frozen model, so that few steps end near its own fine solution at the same noise.
+
+    Knots start from GITS (optimise/gits.py), or from what was learned for fewer steps, and are fitted through the
+    solver (optimise/knots.py) on one draw of noise. On a second draw the fit is compared with GITS and with the usual
+    grids, all of them on the model's training timesteps, and the nearest to the fine solution is kept.
+
+    Args:
+        config: see CalibrateConfig.
+        model: a Diffusers folder.
+        dataset: folder made by `prepare`; labels are drawn as often as in its selection part. No image is used.
+        out: folder of the schedules: <solver>-<nfe>.json, index.json and schedules.png appear in it together.
+        seed: of the noise, which no report is made on.
+        report: where progress and distances go.
+
+    Raises:
+        ArtifactError: the model or the dataset is damaged.
+        DivergenceError: a sample is not finite.
+    """
+    stored, part = read_model(model), open_dataset(dataset).split("selection")
+    fitted_on, validated_on = (
+        _Trajectories(Sampler(stored, count, config.shards), draw(seed, name, count, part), config.points)
+        for name, count in ((FIT, config.samples), (VALIDATE, config.validation_samples))
+    )
+    entries: list[dict[str, Any]] = []
+    for solver in config.solvers:
+        learner, before = _Learner(config, solver, fitted_on, validated_on), None
+        for steps in sorted(set(config.nfe)):
+            entry, before = learner.learn(steps, before)
+            entries.append(entry)
+            report.metric(f"{solver}-{steps}.distance", entry["distance"])
+            report.metric(f"{solver}-{steps}.ratio_to_best", entry["ratio_to_best"])
+            report.progress(len(entries), len(config.solvers) * len(set(config.nfe)))
+
+    evaluations = fitted_on.evaluations + validated_on.evaluations
+    chosen_on = {
+        "seed": seed, "fit": {"draw": FIT, "samples": config.samples},
+        "validation": {"draw": VALIDATE, "samples": config.validation_samples}, "model_sha256": sha256_tree(model),
+    }  # fmt: skip
+    with atomic_folder(out) as folder:
+        for entry in entries:
+            write_json(folder / f"{entry['solver']}-{entry['nfe']}.json", entry | {"chosen_on": chosen_on})
+        write_json(
+            folder / INDEX,
+            {"schedules": entries, "chosen_on": chosen_on, "evaluations": evaluations, "config": as_plain(config)},
+        )
+        _save_picture(folder / PICTURE, entries)
+    report.metric("evaluations", evaluations)
+    report.picture("schedules", out / PICTURE)
+    names = tuple(f"{entry['solver']}-{entry['nfe']}" for entry in entries)
+    ratios = {name: entry["ratio_to_best"] for name, entry in zip(names, entries, strict=True)}
+    return CalibrateResult(names, evaluations, ratios)
+
+
+class _Trajectories:
+    """One draw of noise with the model's fine solution of it; counts the network evaluations that it costs."""
+
+    def __init__(self, sampler: Sampler, start: Draw, points: int) -> None:
+        self.schedule = sampler.schedule
+        self.evaluations = len(start) * (points - 1)
+        self._sampler, self._start = sampler, start
+        labels = None if start.labels is None else mx.array(start.labels)
+        fine_grid = grids.uniform_time(points - 1)
+        self.path = gits.teacher_path(sampler.denoiser(labels), mx.array(start.noise), fine_grid, self.schedule)
+        if not np.isfinite(self.path.sample).all():
+            raise DivergenceError(f"the fine solution ({points - 1} steps of iPNDM) is not finite")
+
+    def solve(self, solver: str, times: Floats) -> npt.NDArray[np.float32]:
+        """What the solver reaches from the same noise at these times."""
+        self.evaluations += len(self._start) * (len(times) - 1)
+        return self._sampler(self._start, solver, times)
+
+    def distance(self, solver: str, times: Floats) -> float:
+        """Mean squared distance a pixel to the fine solution."""
+        return float(np.mean(self._squared(solver, times)))
+
+    def mean_distance(self, solver: str, times: Floats) -> float:
+        """Mean, not squared, distance: a few samples that end in another image weigh less (see optimise/knots.py)."""
+        return float(np.mean(np.sqrt(self._squared(solver, times))))
+
+    def _squared(self, solver: str, times: Floats) -> Floats:
+        """Squared distance a pixel of each sample, (B,)."""
+        difference = self.solve(solver, times).astype(np.float64) - self.path.sample
+        return np.square(difference).reshape(len(difference), -1).mean(axis=1)
+
+
+class _Learner:
+    """Learns the knots of one solver, from few steps to many."""
+
+    def __init__(
+        self, config: CalibrateConfig, solver: str, fitted_on: _Trajectories, validated_on: _Trajectories
+    ) -> None:
+        self._config, self._solver = config, solver
+        self._fitted_on, self._validated_on = fitted_on, validated_on
+        self._jumps = gits.jump_costs(fitted_on.path)
+        self._multistep = gits.multistep_costs(fitted_on.path) if solver == "ipndm" else None
+
+    def learn(self, steps: int, before: Floats | None) -> tuple[dict[str, Any], Floats]:
+        """The entry for this many steps, and its fitted times, from which those for more steps start."""
+        programmed = self._gits(steps)
+        usual = {name: baseline_grid(name, steps, self._fitted_on.schedule) for name in BASELINE_GRIDS}
+        starts = [programmed, *usual.values()] + ([] if before is None else [resampled(before, steps)])
+        start = min(starts, key=lambda times: self._fitted_on.mean_distance(self._solver, times))
+        fit = fit_knots(
+            lambda times: self._fitted_on.solve(self._solver, times), self._fitted_on.path.sample, start,
+            self._config.max_solves, free_start=self._config.free_start,
+        )  # fmt: skip
+        return self._entry(steps, {"fitted": fit.times, "gits": programmed}, usual), fit.times
+
+    def _gits(self, steps: int) -> Floats:
+        gamma = self._config.gamma
+        if self._multistep is None:
+            knots = gits.best_knots(self._jumps, steps, gamma)
+        else:
+            knots = gits.best_multistep_knots(self._jumps, self._multistep, steps, gamma)
+        return self._fitted_on.path.times[knots]
+
+    def _entry(self, steps: int, candidates: dict[str, Floats], usual: dict[str, Floats]) -> dict[str, Any]:
+        """Compare on the validation draw. A usual grid wins where nothing learned is nearer: no harm is done."""
+        baselines = {name: self._validated_on.distance(self._solver, times) for name, times in usual.items()}
+        best = min(baselines, key=lambda name: baselines[name])
+        timesteps_of = _Timesteps(self._fitted_on.schedule)
+        on_grid = {name: timesteps_of.nearest(times) for name, times in (candidates | {best: usual[best]}).items()}
+        distances = {name: self._validated_on.distance(self._solver, times) for name, times in on_grid.items()}
+        chosen = min(distances, key=lambda name: distances[name])
+        times = on_grid[chosen]
+        return {
+            "solver": self._solver,
+            "nfe": steps,
+            "times": times.tolist(),
+            "timesteps": timesteps_of.of(times),
+            "diffusers": DIFFUSERS.get(self._solver),
+            "method": chosen,
+            "distance": distances[chosen],  # on the validation draw, as all distances here
+            "candidates": distances,
+            "baselines": baselines,
+            "best_baseline": best,
+            "ratio_to_best": distances[chosen] / baselines[best],
+        }
+
+
+class _Timesteps:
+    """Times on the grid that the network was trained on, where the schedule has one."""
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self._schedule = schedule
+        self._steps: int | None = getattr(schedule, "num_train_timesteps", None)
+
+    def nearest(self, times: Floats) -> Floats:
+        return times if self._steps is None else on_timesteps(times, self._steps)
+
+    def of(self, times: Floats) -> list[int] | None:
+        """Diffusers' timesteps of all knots but the clean end; None for schedules in continuous σ."""
+        return None if self._steps is None else [round(float(t)) for t in self._schedule.timestep(times[:-1])]
+
+
+def _save_picture(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Each learned schedule as a row of knots over t, beside the uniform one."""
+    solvers = sorted({entry["solver"] for entry in entries})
+    figure = Figure(figsize=(5.2 * len(solvers), 3.2))
+    for column, solver in enumerate(solvers):
+        axes = plain_axes(figure, (1, len(solvers), column + 1))
+        rows = [entry for entry in entries if entry["solver"] == solver]
+        for height, entry in enumerate(rows):
+            uniform = grids.uniform_time(entry["nfe"])
+            axes.plot(uniform, np.full(len(uniform), height), "|", color="#8a8f98", markersize=14)
+            axes.plot(entry["times"], np.full(len(entry["times"]), height), "o", color="#3274b5", markersize=5)
+            axes.annotate(
+                f"× {entry['ratio_to_best']:.2f}",
+                (-0.02, height),
+                xytext=(6, 6),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.set_yticks(range(len(rows)), [str(entry["nfe"]) for entry in rows])
+        axes.set_ylim(-0.5, len(rows) - 0.2)
+        axes.invert_xaxis()
+        axes.set_xlabel("time t: noise at the left, clean at the right")
+        axes.set_ylabel("evaluations")
+        axes.set_title(
+            f"{solver}: learned knots (dots), uniform (bars),\ndistance over the best usual grid's", fontsize=9
+        )
+    save_figure(path, figure)
