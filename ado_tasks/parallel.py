@@ -8,7 +8,7 @@ the bytes of a result do not depend on how many cores there were. A GPU fills it
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ado_tasks.backend import mx, on_cpu
 
@@ -30,38 +30,50 @@ def _stream(number: int) -> mx.Stream:
     return mx.new_stream(mx.cpu)
 
 
-def parts_at_once(shards: int) -> int:
-    """How many parts are computed at the same time: `shards` on a CPU, one on a GPU."""
-    return shards if on_cpu() else 1
+class SideBySide(Generic[R]):
+    """Functions, each compiled and with an MLX stream of its own: evaluated together, what they return runs at the same time.
 
-
-def side_by_side(functions: Sequence[Callable[[], R]]) -> list[R]:
-    """Build the graph of each function on a stream of its own; evaluated together, they run at the same time."""
-    if len(functions) == 1:
-        return [functions[0]()]
-    results = []
-    for number, function in enumerate(functions):
-        with mx.stream(_stream(number)):
-            results.append(function())
-    return results
-
-
-def map_parts(function: Callable[[Batch], R], batch: Batch, shards: int) -> list[tuple[float, R]]:
-    """The function of each part of a batch, side by side: for each part, in order, its share of the rows and its result.
-
-    Arrays are cut along their first axis into parts that differ by at most a row; scalars go to each part. A batch with fewer
-    rows than `shards` has fewer parts, and on a GPU one.
-
-    Raises:
-        ValueError: the arrays of a batch differ in length, or it has none.
+    One compiled function of all of them would not do: MLX merges equal constants and operations across streams, and each part
+    would wait for another's.
     """
-    size = _length(batch.values())
-    count = max(1, min(parts_at_once(shards), size))
-    ends = [size * part // count for part in range(count + 1)]
-    bounds = list(zip(ends, ends[1:], strict=False))
-    cut = [lambda start=start, stop=stop: function(_part(batch, start, stop)) for start, stop in bounds]
-    results = side_by_side([lambda: function(batch)] if count == 1 else cut)
-    return [((stop - start) / size, result) for (start, stop), result in zip(bounds, results, strict=True)]
+
+    def __init__(self, functions: Sequence[Callable[..., R]]) -> None:
+        """What a function holds on to (weights) is taken as it is at its first call with each shape."""
+        self._compiled = [mx.compile(function) for function in functions]
+
+    def __call__(self, arguments: Sequence[tuple[Any, ...]]) -> list[R]:
+        """The results in order, lazy. Where there are fewer arguments than functions, the last functions are left out."""
+        if len(arguments) == 1:
+            return [self._compiled[0](*arguments[0])]
+        results = []
+        for number, each in enumerate(arguments):
+            with mx.stream(_stream(number)):
+                results.append(self._compiled[number](*each))
+        return results
+
+
+class Parts(Generic[R]):
+    """A function of (shared, batch) of each part of a batch, side by side. On a GPU the batch is one part."""
+
+    def __init__(self, function: Callable[[Tree, Batch], R], shards: int) -> None:
+        """`shards`: how many parts on a CPU; a batch with fewer rows has fewer."""
+        self.count = shards if on_cpu() else 1
+        self._functions = SideBySide([function] * self.count)
+
+    def __call__(self, shared: Tree, batch: Batch) -> list[tuple[float, R]]:
+        """For each part, in order, its share of the rows and its result, lazy.
+
+        Arrays are cut along their first axis into parts that differ by at most a row; scalars go to each part.
+
+        Raises:
+            ValueError: the arrays of a batch differ in length, or it has none.
+        """
+        size = _length(batch.values())
+        count = max(1, min(self.count, size))
+        ends = [size * part // count for part in range(count + 1)]
+        bounds = list(zip(ends, ends[1:], strict=False))
+        results = self._functions([(shared, _part(batch, start, stop)) for start, stop in bounds])
+        return [((stop - start) / size, result) for (start, stop), result in zip(bounds, results, strict=True)]
 
 
 def sharded_apply(function: Callable[..., mx.array], shards: int) -> Callable[..., mx.array]:
@@ -69,13 +81,13 @@ def sharded_apply(function: Callable[..., mx.array], shards: int) -> Callable[..
 
     Scalars are given to each part. What the function holds on to (weights) is taken as it is at the first call with each shape.
     """
+    parts = Parts(lambda _, batch: function(*batch.values()), shards)
 
     def whole(*arrays: mx.array) -> mx.array:
-        batch = {str(place): array for place, array in enumerate(arrays)}
-        results = [result for _, result in map_parts(lambda part: function(*part.values()), batch, shards)]
+        results = [result for _, result in parts([], {str(place): array for place, array in enumerate(arrays)})]
         return results[0] if len(results) == 1 else mx.concatenate(results)
 
-    return mx.compile(whole)
+    return whole
 
 
 def _length(arrays: Iterable[mx.array]) -> int:
@@ -85,5 +97,5 @@ def _length(arrays: Iterable[mx.array]) -> int:
     return lengths.pop()
 
 
-def _part(batch: Batch, start: int, stop: int) -> Batch:
+def _part(batch: Batch, start: int, stop: int) -> dict[str, mx.array]:
     return {name: array[start:stop] if array.ndim else array for name, array in batch.items()}

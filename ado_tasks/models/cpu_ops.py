@@ -39,27 +39,17 @@ def sigmoid(x: mx.array) -> mx.array:
     return mx.minimum(mx.maximum(x * _quartic(SIGMOID_P, t) / _quartic(SIGMOID_Q, t) + ALMOST_HALF, 0.0), 1.0)
 
 
-@mx.compile
-def _silu_forward(x: mx.array) -> tuple[mx.array, mx.array]:
-    s = sigmoid(x)
-    return x * s, s
-
-
-@mx.compile
-def _silu_backward(y: mx.array, s: mx.array, gradient: mx.array) -> mx.array:
-    return gradient * (s + y * (1 - s))
-
-
 @mx.custom_function
 def _silu(x: mx.array) -> tuple[mx.array, mx.array]:
-    return _silu_forward(x)
+    s = sigmoid(x)
+    return x * s, s
 
 
 @_silu.vjp
 def _silu_vjp(primal, cotangents, outputs):
     """d(x s)/dx = s + x s (1 - s), from the saved sigmoid: no second polynomial."""
     y, s = outputs
-    return _silu_backward(y, s, cotangents[0])
+    return cotangents[0] * (s + y * (1 - s))
 
 
 def silu(x: mx.array) -> mx.array:

@@ -5,12 +5,12 @@ bytes. Everything that changes between steps is an array: a Python number would 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.errors import ArtifactError
-from ado_tasks.parallel import Batch, Loss, Tree, map_parts, parts_at_once, side_by_side
+from ado_tasks.parallel import Batch, Loss, Parts, SideBySide, Tree
 
 Vectors = dict[str, mx.array]  # by kind: "parameters", "adam.first", "adam.second" and, where one is kept, "average"
 Arrays = dict[str, mx.array]  # parameters by name
@@ -79,11 +79,12 @@ class TrainStep:
             shards: parts of a batch computed at the same time on a CPU (see parallel.py). Decides the last bits of a result.
         """
         self._layout = Layout.of(parameters)
-        # On a CPU the optimiser's step is taken in groups of parameters, side by side as the parts of the batch are.
-        self._groups = self._layout.groups(parts_at_once(shards))
-        self._clip, self._ema_decay, self._shards, self._done = clip, ema_decay, shards, 0
+        self._clip, self._ema_decay, self._done = clip, ema_decay, 0
         self._value_and_grad = mx.value_and_grad(loss)
-        self._step = mx.compile(self._advance)
+        self._gradient = Parts(self._gradient_of, shards)
+        # The optimiser's step is taken in as many groups of parameters, side by side as the parts of the batch are.
+        self._groups = self._layout.groups(self._gradient.count)
+        self._update = SideBySide([self._updater(number) for number in range(len(self._groups))])
         start = self._layout.flatten(dict(mlx_utils.tree_flatten(parameters)))
         kinds = {"parameters": start, "adam.first": mx.zeros_like(start), "adam.second": mx.zeros_like(start)}
         self._put(kinds if ema_decay is None else {**kinds, "average": start})
@@ -92,7 +93,12 @@ class TrainStep:
     def __call__(self, batch: Batch, learning_rate: float) -> mx.array:
         """Take one step. One may be running while the next is prepared, never more: each holds its memory."""
         rates = mx.array(step_rates(self._done, learning_rate, self._ema_decay), dtype=mx.float32)
-        self._vectors, self._arrays, loss = self._step(self._vectors, self._arrays, dict(batch), rates)
+        shares, parts = zip(*self._gradient(self._arrays, batch), strict=True)
+        gradients = [gradient for _, gradient in parts]
+        updated = self._update([(vectors, gradients, mx.array(shares), rates) for vectors in self._vectors])
+        loss = weighted_sum(mx.array(shares), [value for value, _ in parts])
+        self._vectors = [vectors for vectors, _ in updated]
+        self._arrays = {name: array for _, arrays in updated for name, array in arrays.items()}
         self._done += 1
         if self._running is not None:
             mx.eval(self._running)
@@ -100,28 +106,25 @@ class TrainStep:
         self._running = loss
         return loss
 
-    def _advance(
-        self, vectors: list[Vectors], arrays: Arrays, batch: Batch, rates: mx.array
-    ) -> tuple[list[Vectors], Arrays, mx.array]:
-        """One step as a pure function, to be compiled."""
-        parts = map_parts(lambda part: self._gradient(arrays, part), batch, self._shards)
-        loss = _weighted_sum([(share, value) for share, (value, _) in parts])
-
-        def update(number: int) -> tuple[Vectors, Arrays]:
-            # Each group works out the norm for itself: cheaper than to wait for another stream.
-            gradients = [_weighted_sum([(share, all_[g]) for share, (_, all_) in parts]) for g in range(len(self._groups))]
-            norm = mx.sqrt(sum((gradient @ gradient for gradient in gradients), mx.array(0.0)))
-            new = adam(vectors[number], gradients[number], norm, rates, self._clip)
-            return new, self._groups[number].unflatten(new["parameters"])
-
-        updated = side_by_side([lambda number=number: update(number) for number in range(len(self._groups))])
-        return [new for new, _ in updated], {k: v for _, named in updated for k, v in named.items()}, loss
-
-    def _gradient(self, arrays: Arrays, batch: Batch) -> tuple[mx.array, list[mx.array]]:
-        """The loss, and its gradient as one vector for each group."""
+    def _gradient_of(self, arrays: Arrays, batch: Batch) -> tuple[mx.array, list[mx.array]]:
+        """The loss of a part, and its gradient as one vector for each group of parameters."""
         value, tree = self._value_and_grad(mlx_utils.tree_unflatten(list(arrays.items())), batch)
         named = dict(mlx_utils.tree_flatten(tree))
         return value, [group.flatten(named) for group in self._groups]
+
+    def _updater(self, number: int) -> Callable[..., tuple[Vectors, Arrays]]:
+        """The optimiser's step of one group: from what the parts of the batch say about every group."""
+
+        def update(
+            vectors: Vectors, parts: list[list[mx.array]], shares: mx.array, rates: mx.array
+        ) -> tuple[Vectors, Arrays]:
+            # Each group works out the whole norm for itself: cheaper than to wait for another stream.
+            gradients = [weighted_sum(shares, [part[group] for part in parts]) for group in range(len(self._groups))]
+            norm = mx.sqrt(sum((gradient @ gradient for gradient in gradients), mx.array(0.0)))
+            new = adam(vectors, gradients[number], norm, rates, self._clip)
+            return new, self._groups[number].unflatten(new["parameters"])
+
+        return update
 
     @property
     def state(self) -> dict[str, mx.array]:
@@ -162,13 +165,11 @@ class TrainStep:
         return mlx_utils.tree_unflatten(list(self._layout.unflatten(self.state["average"]).items()))
 
 
-def _weighted_sum(terms: list[tuple[float, mx.array]]) -> mx.array:
-    """Σ_s (n_s/n) x_s, in the order of the parts: the mean over a batch from the means over its parts."""
-    (share, total), *others = terms
-    total = total if not others else total * share
-    for share, term in others:
-        total = total + term * share
-    return total
+def weighted_sum(shares: mx.array, terms: list[mx.array]) -> mx.array:
+    """Σ_s (n_s/n) x_s in the order of the parts: the mean over a batch, from the means over its parts."""
+    if len(terms) == 1:
+        return terms[0]
+    return sum((shares[place] * term for place, term in enumerate(terms[1:], 1)), shares[0] * terms[0])
 
 
 def averaging_decay(done: int, decay: float) -> float:
