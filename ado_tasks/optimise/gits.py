@@ -12,9 +12,8 @@ The error used here is the root mean square over the batch of the difference in 
 in z/α. On a variance-exploding schedule z is z/α. On a variance-preserving one z is the better scale: a difference δ
 in z/α changes the sample that comes of it by about s/√(s² + (σ/α)²) δ, which for data of unit variance is α δ.
 
-Two things are added. A start below t = 1: the initial noise is taken for z_j at no evaluation, and costs its distance
-to z_j. And multistep solvers, where the slope of a jump depends on the jump before it: it is priced with the
-second-order Adams–Bashforth slope (3 ε̂_i − ε̂_h)/2, and the programme runs over pairs of knots.
+Multistep solvers are added, where the slope of a jump depends on the jump before it: it is priced with the second-order
+Adams–Bashforth slope (3 ε̂_i − ε̂_h)/2, and the programme runs over pairs of knots.
 """
 
 from dataclasses import dataclass
@@ -107,21 +106,13 @@ def multistep_costs(path: TeacherPath) -> Floats:
     return costs
 
 
-def start_costs(path: TeacherPath) -> Floats:
-    """Error of taking the initial noise for z_j: the price of starting at time j instead of time 0. (m + 1,)."""
-    every = np.arange(path.last + 1)
-    first = np.zeros_like(every)
-    return _root_mean_square(path, _combination(path, first, first) - _combination(path, every, every))
-
-
-def best_knots(costs: Floats, jumps: int, gamma: float = GAMMA, starts: Floats | None = None) -> Indices:
-    """Indices of the knots of the least discounted cost, (jumps + 1,), the last one m.
+def best_knots(costs: Floats, jumps: int, gamma: float = GAMMA) -> Indices:
+    """Indices of the knots of the least discounted cost from 0 to m, (jumps + 1,).
 
     Args:
         costs: cost[i, j] of each jump; only i < j counts.
         jumps: how many, 1 to m.
         gamma: discount.
-        starts: cost of starting at each index; without it the path starts at 0.
 
     Raises:
         ConfigError: there are not as many points as jumps.
@@ -133,17 +124,13 @@ def best_knots(costs: Floats, jumps: int, gamma: float = GAMMA, starts: Floats |
         through = costs + gamma * value[None, :]
         choices.append(through.argmin(axis=1))
         value = through.min(axis=1)
-    at = 0 if starts is None else int(np.argmin(starts + gamma * value))
-    knots = [at]
+    knots = [0]
     for choice in reversed(choices):
-        at = int(choice[at])
-        knots.append(at)
+        knots.append(int(choice[knots[-1]]))
     return np.array([*knots, last])
 
 
-def best_multistep_knots(
-    first: Floats, costs: Floats, jumps: int, gamma: float = GAMMA, starts: Floats | None = None
-) -> Indices:
+def best_multistep_knots(first: Floats, costs: Floats, jumps: int, gamma: float = GAMMA) -> Indices:
     """As `best_knots`, where every jump but the first is priced with its predecessor.
 
     V[h, j][k] = min_i cost[h, j, i] + γ V[j, i][k − 1]: the state is a pair of knots.
@@ -153,24 +140,19 @@ def best_multistep_knots(
         costs: cost[h, i, j] of a jump i → j after h → i.
         jumps: how many, 1 to m.
         gamma: discount.
-        starts: cost of starting at each index; without it the path starts at 0.
 
     Raises:
         ConfigError: there are not as many points as jumps.
     """
     last = _check_jumps(len(first), jumps)
     if jumps == 1:
-        return best_knots(first, 1, gamma, starts)
+        return np.array([0, last])
     value, choices = costs[:, :, last].copy(), []  # value[h, i]: what is still to pay, being at i and coming from h
     for _ in range(jumps - 2):
         through = costs + gamma * value[None, :, :]
         choices.append(through.argmin(axis=2))
         value = through.min(axis=2)
-    total = first + gamma * value
-    if starts is not None:
-        total = starts[:, None] + gamma * total
-    row = 0 if starts is None else int(total.min(axis=1).argmin())
-    knots = [row, int(total[row].argmin())]
+    knots = [0, int((first[0] + gamma * value[0]).argmin())]
     for choice in reversed(choices):
         knots.append(int(choice[knots[-2], knots[-1]]))
     return np.array([*knots, last])

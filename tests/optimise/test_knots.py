@@ -23,9 +23,9 @@ def test_known_knots_are_recovered():
     def solve(times):
         return np.exp(2 * times) @ features
 
-    fit = fit_knots(solve, solve(wanted), uniform_time(4), max_solves=40, degree=3)
-    np.testing.assert_allclose(fit.times, wanted, atol=1e-3)
-    assert fit.solves <= 40
+    fit = fit_knots(solve, solve(wanted), uniform_time(4), max_solves=16, degree=3)
+    np.testing.assert_allclose(fit.times, wanted, atol=1e-6)  # superlinear: 10 runs after the differences
+    assert fit.solves <= 16
 
 
 def test_one_free_knot_is_where_a_search_finds_it():
@@ -72,14 +72,16 @@ def test_the_budget_is_kept_and_the_result_is_never_worse_than_the_start(budget)
 
     def solve(times):
         calls.append(times)
-        return np.outer(np.cos(5 * times), np.arange(1.0, 4.0))
+        return np.outer(np.cos(5 * times), np.arange(1.0, 4.0)).reshape(1, -1)
 
     start = np.array([1.0, 0.7, 0.6, 0.3, 0.0])
     target = solve(np.array([1.0, 0.4, 0.3, 0.1, 0.0]))
     calls.clear()
     fit = fit_knots(solve, target, start, max_solves=budget, free_start=False)
     assert fit.solves == len(calls) <= budget
-    assert fit.mean_square <= np.mean((solve(start) - target) ** 2) + 1e-12
+    met = [float(np.mean((solve(times) - target) ** 2)) for times in calls[: fit.solves]]
+    assert fit.mean_square == pytest.approx(min(met))
+    assert np.mean((solve(fit.times) - target) ** 2) == pytest.approx(min(met))
 
 
 def test_a_single_step_without_a_free_start_has_nothing_to_fit():
@@ -126,3 +128,17 @@ def test_a_few_samples_that_go_elsewhere_do_not_lead_the_fit():
     target[:5] = solve(elsewhere)[:5] + 5 * rng.standard_normal((5, 6))
     fit = fit_knots(solve, target, uniform_time(3), max_solves=40, free_start=False)
     np.testing.assert_allclose(fit.times, wanted, atol=0.03)  # plain least squares ends 0.1 away
+
+
+def test_the_best_times_met_are_returned_however_rough_the_function():
+    met = []
+
+    def solve(times):
+        met.append((float(np.random.default_rng(len(met)).uniform(1, 2)), times))
+        return np.full((1, 3), met[-1][0])
+
+    fit = fit_knots(solve, np.zeros((1, 3)), uniform_time(4), max_solves=15)
+    least = min(met, key=lambda one: one[0])
+    assert fit.mean_square == pytest.approx(least[0] ** 2)
+    np.testing.assert_array_equal(fit.times, least[1])
+    assert least is not met[-1]
