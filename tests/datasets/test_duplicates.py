@@ -66,6 +66,14 @@ def test_thumbnails_are_never_farther_apart_than_images(seed, height, width, cha
     assert (small_distance <= full_distance + 1e-6).all()
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (13, 30), (64, 5)])
+def test_thumbnails_of_images_a_constant_apart_are_exactly_as_far_apart(height, width):
+    """Where the bound is tight it must be met: a larger distance would lose pairs, a smaller one sieve less."""
+    image = np.random.default_rng(0).integers(0, 200, (1, height, width, 3)).astype(np.uint8)
+    one, other = thumbnails(np.concatenate([image, image + 51]))
+    assert np.linalg.norm(one - other) == pytest.approx(51 / 255, rel=1e-5)
+
+
 def test_threshold_is_inclusive_and_exact():
     images = np.full((20, 8, 8, 1), 0, np.uint8)
     images[:] = (np.arange(20) * 13)[:, None, None, None]  # far apart
