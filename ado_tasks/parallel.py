@@ -1,13 +1,15 @@
 """Parts of a batch computed at the same time on a CPU, each on an MLX stream of its own.
 
-MLX's CPU backend runs a stream on one thread, and BLAS is held to one thread (see backend.py): as many parts as cores keep the
-cores busy. The number of parts comes from a config, never from the machine: sums are then taken in the same order everywhere, and
-the bytes of a result do not depend on how many cores there were. A GPU fills itself: there the batch stays whole.
+MLX's CPU backend runs a stream on one thread, and BLAS is held to one thread (see backend.py): as many parts as cores
+keep the cores busy. The number of parts comes from a config, never from the machine: sums are then taken in the same
+order everywhere, and the bytes of a result do not depend on how many cores there were. A GPU fills itself: there the
+batch stays whole.
 """
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 from ado_tasks.backend import mx, on_cpu
@@ -18,9 +20,9 @@ Loss = Callable[[Tree, Batch], mx.array]  # (parameters, batch) to the mean over
 R = TypeVar("R")
 
 if on_cpu():
-    # MLX hands operations out from one thread that runs at most about a hundred ahead of what is done, in an order that goes
-    # deep first where the graph is wider than this (20 by default): all of the first part, then all of the second, and so
-    # nothing at the same time. Breadth first, the parts take turns. Read at MLX's first evaluation.
+    # MLX hands operations out from one thread that runs at most about a hundred ahead of what is done, in an order that
+    # goes deep first where the graph is wider than this (20 by default): all of the first part, then all of the second,
+    # and so nothing at the same time. Breadth first, the parts take turns. Read at MLX's first evaluation.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
 
 
@@ -31,10 +33,10 @@ def _stream(number: int) -> mx.Stream:
 
 
 class SideBySide(Generic[R]):
-    """Functions, each compiled and with an MLX stream of its own: evaluated together, what they return runs at the same time.
+    """Functions, each compiled and with an MLX stream of its own: what they return runs at the same time.
 
-    One compiled function of all of them would not do: MLX merges equal constants and operations across streams, and each part
-    would wait for another's.
+    One compiled function of all of them would not do: MLX merges equal constants and operations across streams, and
+    each part would wait for another's.
     """
 
     def __init__(self, functions: Sequence[Callable[..., R]]) -> None:
@@ -42,7 +44,7 @@ class SideBySide(Generic[R]):
         self._compiled = [mx.compile(function) for function in functions]
 
     def __call__(self, arguments: Sequence[tuple[Any, ...]]) -> list[R]:
-        """The results in order, lazy. Where there are fewer arguments than functions, the last functions are left out."""
+        """The results in order, lazy. With fewer arguments than functions, the last functions are left out."""
         if len(arguments) == 1:
             return [self._compiled[0](*arguments[0])]
         results = []
@@ -71,7 +73,7 @@ class Parts(Generic[R]):
         size = _length(batch.values())
         count = max(1, min(self.count, size))
         ends = [size * part // count for part in range(count + 1)]
-        bounds = list(zip(ends, ends[1:], strict=False))
+        bounds = list(pairwise(ends))
         results = self._functions([(shared, _part(batch, start, stop)) for start, stop in bounds])
         return [((stop - start) / size, result) for (start, stop), result in zip(bounds, results, strict=True)]
 
@@ -79,7 +81,8 @@ class Parts(Generic[R]):
 def sharded_apply(function: Callable[..., mx.array], shards: int) -> Callable[..., mx.array]:
     """A compiled `function` of arrays whose first axis is the batch; its parts run side by side and are joined.
 
-    Scalars are given to each part. What the function holds on to (weights) is taken as it is at the first call with each shape.
+    Scalars are given to each part. What the function holds on to (weights) is taken as it is at the first call with
+    each shape.
     """
     parts = Parts(lambda _, batch: function(*batch.values()), shards)
 

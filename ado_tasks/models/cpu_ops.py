@@ -1,12 +1,14 @@
 """The operations of `ops.py` in the form that is fast on MLX's CPU backend, each with its gradient written out.
 
-What that backend is slow at, and what stands here instead (262,144 elements, one core): `exp` and `sigmoid` go element by
-element (5 ms: polynomials take 1); `where`, `floor` and `clip` branch (1.5 ms: arithmetic takes 0.1); the gradients of a
-convolution gather through general strides (a patch matrix and one matrix product instead). Nothing here runs on a GPU.
+What that backend is slow at, and what stands here instead (262,144 elements, one core): `exp` and `sigmoid` go element
+by element (5 ms: polynomials take 1); `where` and `floor` branch (1.5 ms: arithmetic takes 0.1); the gradients
+of a convolution gather through general strides (a patch matrix and one matrix product instead). Nothing here runs on a
+GPU. These forms are meant for `mx.compile`, which fuses their arithmetic; without it they are right and slower.
 """
 
 import math
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,18 +20,25 @@ ROUND = 12582912.0
 # Taylor coefficients of 2^f, (ln 2)^k / k!. At |f| <= 1/2 what is left out is (ln 2 / 2)^7 / 7! = 1.2e-7.
 EXP2 = tuple(math.log(2.0) ** k / math.factorial(k) for k in range(7))
 
-# sigmoid(x) = 1/2 + x P(x²)/Q(x²) for |x| <= 18, where float32's sigmoid has become 0 or 1. Fitted by iterated weighted least
-# squares to tanh(x/2)/2x in float64 (largest error 9e-9; 2.2e-7 when evaluated in float32).
+# sigmoid(x) = 1/2 + x P(x²)/Q(x²) for |x| <= 18, where float32's sigmoid has become 0 or 1. Fitted by iterated
+# weighted least squares to tanh(x/2)/2x in float64 (largest error 9e-9; 2.2e-7 when evaluated in float32).
 SATURATED = 18.0
 SIGMOID_P = (0.249999977, 0.00835824554, 5.4477754e-05, 7.9967741e-08, 1.2875106e-11)
 SIGMOID_Q = (1.0, 0.116766224, 0.00161512234, 5.11152552e-06, 3.00883384e-09)
-ALMOST_HALF = 0.5 - 2.0**-24  # so that rounding never leaves a positive sigmoid beyond -18, which a huge x would blow up
+ALMOST_HALF = (
+    0.5 - 2.0**-24
+)  # so that rounding never leaves a positive sigmoid beyond -18, which a huge x would blow up
 
 
 def _quartic(c: tuple[float, ...], t: mx.array) -> mx.array:
     """c_0 + c_1 t + ... + c_4 t⁴ by Estrin's scheme: few operations deep, so that MLX fuses it into one kernel."""
     square = t * t
     return (c[0] + c[1] * t) + square * ((c[2] + c[3] * t) + square * c[4])
+
+
+def _first(outputs: Any) -> mx.array:
+    """The value of a custom function; the other outputs are what its gradient saves."""
+    return outputs[0]
 
 
 def sigmoid(x: mx.array) -> mx.array:
@@ -53,8 +62,8 @@ def _silu_vjp(primal, cotangents, outputs):
 
 
 def silu(x: mx.array) -> mx.array:
-    """x · sigmoid(x), error below 3e-7 · max(|x|, 1)."""
-    return _silu(x)[0]
+    """The product x · sigmoid(x), error below 3e-7 · max(|x|, 1)."""
+    return _first(_silu(x))
 
 
 def exp2_of_nonpositive(z: mx.array) -> mx.array:
@@ -69,14 +78,14 @@ def exp2_of_nonpositive(z: mx.array) -> mx.array:
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """x Wᵀ + b over the last axis. Flattened first: the weight's gradient is one product and not a sum of one an image."""
+    """X Wᵀ + b over the last axis. Flattened first, so that the weight's gradient is one product."""
     flat = x.reshape(-1, x.shape[-1]) @ weight.T
     if bias is not None:
         flat = flat + bias
     return flat.reshape(*x.shape[:-1], weight.shape[0])
 
 
-# ---------------------------------------------------------------------------------------------------------- convolution
+# --- convolution
 
 
 def _patches(x: mx.array, kernel: tuple[int, int], stride: int) -> mx.array:
@@ -122,7 +131,7 @@ def _convolution(stride: int, padding: int):
 
 
 def _stride_1_vjp(x: mx.array, weight: mx.array, gradient: mx.array, padding: int) -> tuple[mx.array, mx.array]:
-    """Both gradients from one patch matrix, that of the output's gradient: dx = patches · W flipped, dW = xᵀ · patches."""
+    """Both from the patches of the output's gradient: dx = patches · W flipped, dW = xᵀ · patches."""
     o, kh, kw, c = weight.shape
     columns = _patches(_padded(gradient, kh - 1 - padding, kh - 1 - padding), (kh, kw), 1)
     flipped = weight[:, ::-1, ::-1, :].transpose(1, 2, 0, 3).reshape(kh * kw * o, c)
@@ -132,14 +141,16 @@ def _stride_1_vjp(x: mx.array, weight: mx.array, gradient: mx.array, padding: in
 
 
 def _stride_2_vjp(x: mx.array, weight: mx.array, gradient: mx.array, padding: int) -> tuple[mx.array, mx.array]:
-    """A 3x3 kernel of stride 2 is a 2x2 kernel of stride 1 on squares of 2x2 pixels (space to depth); so is its gradient."""
+    """A 3x3 kernel of stride 2 is a 2x2 kernel of stride 1 on squares of 2x2 pixels; so is its gradient."""
     o, _, _, c = weight.shape
     b, h, w, _ = x.shape
     _, out_h, out_w, _ = gradient.shape
     columns = _patches(_padded(x, padding, padding), (3, 3), 2)
     dw = (gradient.reshape(-1, o).T @ columns).reshape(weight.shape)
     # Row 2j of the padded input meets kernel row 0 of output j and row 2 of output j - 1; row 2j + 1 meets row 1 of j.
-    taps = mx.pad(weight, [(0, 0), (0, 1), (0, 1), (0, 0)]).reshape(o, 2, 2, 2, 2, c)  # (o, i', a, j', b, c): row 2i' + a
+    taps = mx.pad(weight, [(0, 0), (0, 1), (0, 1), (0, 0)]).reshape(
+        o, 2, 2, 2, 2, c
+    )  # (o, i', a, j', b, c): row 2i' + a
     taps = taps[:, ::-1, :, ::-1].transpose(1, 3, 0, 2, 4, 5).reshape(4 * o, 4 * c)
     squares = _patches(_padded(gradient, 1, 1), (2, 2), 1) @ taps
     squares = squares.reshape(b, out_h + 1, out_w + 1, 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
@@ -152,12 +163,12 @@ def conv2d(x: mx.array, weight: mx.array, stride: int, padding: int) -> mx.array
     o, kh, kw, c = weight.shape
     if kh == kw == 1 and stride == 1 and padding == 0:
         return linear(x, weight.reshape(o, c), None)
-    if kh == kw and (stride == 1 and padding < kh or stride == 2 and kh == 3 and padding <= 1):
-        return _convolution(stride, padding)(x, weight)
+    if kh == kw and ((stride == 1 and padding < kh) or (stride == 2 and kh == 3 and padding <= 1)):
+        return cast("mx.array", _convolution(stride, padding)(x, weight))
     return mx.conv2d(x, weight, stride=stride, padding=padding)
 
 
-# -------------------------------------------------------------------------------------------------------- normalisation
+# --- normalisation
 
 
 @lru_cache(maxsize=64)
@@ -181,7 +192,7 @@ def _group_norm(groups: int, eps: float):
 
     @normalise.vjp
     def normalise_vjp(primals, cotangents, outputs):
-        """With c = x - μ, r = 1/σ, g = dL/dy: dx = r (g w - mean(g w) - c r² mean(g w c)), means over pixels and group."""
+        """With c = x - μ, r = 1/σ, g = dL/dy: dx = r (g w - mean(g w) - c r² mean(g w c))."""
         _, weight, _ = primals
         gradient, (_, centred, scale) = cotangents[0], outputs
         weighted_mean = weight[:, None] * mx.array(_group_mean(weight.shape[0], groups, centred.shape[1]))
@@ -195,16 +206,17 @@ def _group_norm(groups: int, eps: float):
 
 
 def _apart(x: mx.array) -> mx.array:
-    """The same array, behind an operation that MLX does not fuse: what makes x is done once, not for every pixel it meets."""
+    """The same array, behind an operation that MLX does not fuse: what makes x is done once, not a pixel."""
     return x.reshape(x.shape[0], -1).reshape(x.shape)
 
 
 def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     """Group normalisation over the last axis of (B, ..., C)."""
-    return _group_norm(groups, eps)(x.reshape(x.shape[0], -1, x.shape[-1]), weight, bias)[0].reshape(x.shape)
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    return _first(_group_norm(groups, eps)(flat, weight, bias)).reshape(x.shape)
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
+# --- attention
 
 
 @mx.custom_function
@@ -229,4 +241,4 @@ def _attend_vjp(primals, cotangents, outputs):
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """softmax(q kᵀ · scale) v for (B, heads, L, D)."""
-    return _attend(q * (scale * LOG2_E), k, v)[0]
+    return _first(_attend(q * (scale * LOG2_E), k, v))

@@ -12,12 +12,12 @@ def _in_cpu_form(x: mx.array) -> bool:
 
 
 def silu(x: mx.array) -> mx.array:
-    """x · sigmoid(x)."""
+    """X · sigmoid(x)."""
     return cpu_ops.silu(x) if _in_cpu_form(x) else x * mx.sigmoid(x)
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """x Wᵀ + b over the last axis; W is (out, in)."""
+    """X Wᵀ + b over the last axis; W is (out, in)."""
     if _in_cpu_form(x):
         return cpu_ops.linear(x, weight, bias)
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
@@ -33,7 +33,7 @@ def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None, stride: int = 1
 
 
 def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
-    """Group normalisation over the last axis as PyTorch defines it: contiguous channels form a group. x is (B, ..., C)."""
+    """Group normalisation over the last axis of (B, ..., C); contiguous channels form a group, as in PyTorch."""
     if _in_cpu_form(x):
         return cpu_ops.group_norm(x, groups, weight, bias, eps)
     shape = x.shape

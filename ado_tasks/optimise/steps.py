@@ -1,12 +1,15 @@
 """One optimiser step, compiled: gradient over parallel parts of the batch, global clip, Adam, averaged weights.
 
-The state is a flat dictionary of arrays, so that a checkpoint is exactly that dictionary and a resumed run goes on with the same
-bytes. Everything that changes between steps is an array: a Python number would be compiled in.
+The state is a flat dictionary of arrays, so that a checkpoint is exactly that dictionary and a resumed run goes on with
+the same bytes. Everything that changes between steps is an array: a Python number would be compiled in.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.errors import ArtifactError
@@ -22,7 +25,7 @@ CLIP_EPSILON = 1e-6  # against 0/0, as torch.nn.utils.clip_grad_norm_
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter lies in one vector of all of them. One vector makes the optimiser a handful of operations."""
+    """Where each parameter lies in one vector of all of them: the optimiser is then a handful of operations."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -30,7 +33,7 @@ class Layout:
     @staticmethod
     def of(parameters: Tree) -> "Layout":
         """The layout of a tree of arrays, in the order of their names."""
-        flat = sorted(mlx_utils.tree_flatten(parameters))
+        flat = sorted(dict(mlx_utils.tree_flatten(parameters)).items())
         return Layout(tuple(name for name, _ in flat), tuple(tuple(array.shape) for _, array in flat))
 
     @property
@@ -39,7 +42,7 @@ class Layout:
         return sum(map(math.prod, self.shapes))
 
     def groups(self, count: int) -> list["Layout"]:
-        """Cut into `count` layouts of about the same size, in order; none is empty where there are parameters enough."""
+        """Cut into `count` layouts of about the same size, in order; none is empty if there are enough parameters."""
         groups, start, done, total = [], 0, 0, self.size
         for number in range(count):
             stop, goal = start, total * (number + 1) / count
@@ -70,13 +73,14 @@ class TrainStep:
     """
 
     def __init__(self, loss: Loss, parameters: Tree, *, clip: float, ema_decay: float | None, shards: int = 1):
-        """
+        """Start from `parameters`.
+
         Args:
-            loss: (parameters, batch) to a scalar, the mean over the batch.
-            parameters: where to start: a tree of float32 arrays.
-            clip: the gradient is scaled down to this global norm where it is longer.
-            ema_decay: of the averaged weights, approached as `averaging_decay` says; None keeps no average.
-            shards: parts of a batch computed at the same time on a CPU (see parallel.py). Decides the last bits of a result.
+        loss: (parameters, batch) to a scalar, the mean over the batch.
+        parameters: where to start: a tree of float32 arrays.
+        clip: the gradient is scaled down to this global norm where it is longer.
+        ema_decay: of the averaged weights, approached as `averaging_decay` says; None keeps no average.
+        shards: parts of a batch computed at the same time on a CPU (see parallel.py). Decides the last bits.
         """
         self._layout = Layout.of(parameters)
         self._clip, self._ema_decay, self._done = clip, ema_decay, 0
@@ -139,7 +143,7 @@ class TrainStep:
         if expected != found:
             raise ArtifactError(f"a checkpoint does not fit: it holds {found}, expected {expected}")
         self._put({kind: array for kind, array in state.items() if kind != "step"})
-        self._done, self._running = int(state["step"].item()), None
+        self._done, self._running = int(np.array(state["step"])), None
 
     def _put(self, kinds: Mapping[str, mx.array]) -> None:
         """Take whole vectors as the state: a copy of each, cut into the groups."""
@@ -147,8 +151,7 @@ class TrainStep:
         for group in self._groups:
             ends.append(ends[-1] + group.size)
         self._vectors: list[Vectors] = [
-            {kind: vector[start:stop] * 1 for kind, vector in kinds.items()}
-            for start, stop in zip(ends, ends[1:], strict=False)
+            {kind: vector[start:stop] * 1 for kind, vector in kinds.items()} for start, stop in pairwise(ends)
         ]
         pairs = zip(self._groups, self._vectors, strict=True)
         self._arrays = {k: v for group, vectors in pairs for k, v in group.unflatten(vectors["parameters"]).items()}
@@ -173,7 +176,7 @@ def weighted_sum(shares: mx.array, terms: list[mx.array]) -> mx.array:
 
 
 def averaging_decay(done: int, decay: float) -> float:
-    """The average follows quickly at first: min(decay, (1 + n)/(10 + n)) after n steps, as Diffusers' EMAModel has it."""
+    """The average follows quickly at first: min(decay, (1 + n)/(10 + n)) after n steps, as Diffusers' EMAModel."""
     return min(decay, (1 + done) / (10 + done))
 
 
