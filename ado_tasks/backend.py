@@ -21,9 +21,6 @@ def _preload_openblas() -> str:
     """Load OpenBLAS ahead of MLX and return the name of the BLAS in use."""
     if sys.platform != "linux":
         return "accelerate"
-    # One BLAS thread: parallelism comes from MLX streams (see parallel.py), and the bytes of a result then do not
-    # depend on how many cores a machine has. It must be set before the library is loaded.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     except OSError:

@@ -47,8 +47,8 @@ class CalibrateConfig:
 
     nfe: tuple[Annotated[int, Field(ge=2, le=50)], ...] = (4, 5, 6, 8)  # evaluations an image to learn knots for
     solvers: tuple[Literal["ddim", "ipndm"], ...] = ("ddim", "ipndm")  # one evaluation a step, deterministic
-    samples: Annotated[int, Field(ge=8)] = 64  # trajectories that knots are fitted on
-    validation_samples: Annotated[int, Field(ge=8)] = 64  # other trajectories that candidates are compared on
+    samples: Annotated[int, Field(ge=8)] = 48  # trajectories that knots are fitted on
+    validation_samples: Annotated[int, Field(ge=8)] = 32  # other trajectories that candidates are compared on
     points: Annotated[int, Field(ge=12)] = gits.TEACHER_POINTS  # of a fine trajectory (Chen et al. 2024, §4.1)
     gamma: Annotated[float, Field(gt=0)] = gits.GAMMA  # discount of GITS (Chen et al. 2024, §3.3)
     max_solves: Annotated[int, Field(ge=1)] = 12  # runs of the solver that one fit may make; each costs nfe evaluations
@@ -168,7 +168,8 @@ class _Learner:
         """The entry for this many steps, and its fitted times, from which those for more steps start."""
         programmed = self._gits(steps)
         usual = {name: baseline_grid(name, steps, self._fitted_on.schedule) for name in BASELINE_GRIDS}
-        starts = [programmed, *usual.values()] + ([] if before is None else [resampled(before, steps)])
+        # Fits from the two other usual grids, whose first steps change little, were farther where tried.
+        starts = [programmed, usual["uniform_time"]] + ([] if before is None else [resampled(before, steps)])
         start = min(starts, key=lambda times: self._fitted_on.mean_distance(self._solver, times))
         fit = fit_knots(
             lambda times: self._fitted_on.solve(self._solver, times), self._fitted_on.path.sample, start,

@@ -1,1 +1,1 @@
-"""Ways to make a diffusion model cheaper: progressive distillation, learned schedules, and the training step they share."""
+"""Ways to make a diffusion model cheaper: progressive distillation, learned knots, and the training they share."""

@@ -7,8 +7,8 @@ end point):
     z_s = (σ_s/σ_t) z_t + α_s (1 − e^(−h)) (x̂_t + x̂_s)/2,    h = λ_s − λ_t.
 
 Name clash: Karras et al. 2022, Alg. 1 average the slopes ε̂ in σ/α instead, which multiplies x̂_s − x̂_t by
-(e^h − 1)/2 where this form has (1 − e^(−h))/2. The two agree to their order; only this one stays bounded for the first step
-of a variance-preserving schedule, where e^h is in the hundreds (root mean square error on a mixture, `Cosine`, 10
+(e^h − 1)/2 where this form has (1 − e^(−h))/2. The two agree to their order; only this one stays bounded for the first
+step of a variance-preserving schedule, where e^h is in the hundreds (root mean square error on a mixture, `Cosine`, 10
 uniform times: 0.035 here, 4.5 there).
 """
 
