@@ -49,7 +49,7 @@ bench: install  ## speed of a training step against PyTorch, in turn
 
 bars: install  ## the full-size checks, too long for CI
 	@$(RUN) python -m pytest -m bars -s
-	@$(RUN) python bench/bars.py
+	@$(RUN) python bench/statistics_coverage.py --trials 1000
 
 mlflow: install  ## look at the recorded runs in a browser
 	@$(RUN) python -m ado_tasks sync
