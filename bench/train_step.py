@@ -68,7 +68,7 @@ def mlx_step(config: dict[str, Any], batch_size: int, naive: bool) -> Step:
     step = TrainStep(loss, unet.parameters(), clip=CLIP, ema_decay=DECAY, shards=1 if naive else 2)
 
     def run() -> object:
-        return mx.eval(step(batch, LEARNING_RATE), step.parameters(), step.averaged_parameters())
+        return mx.eval(step(batch, LEARNING_RATE), step.parameters())
 
     form = ops.on_cpu
     ops.on_cpu = (lambda: False) if naive else form  # the form is chosen while the step is traced, in its first call
@@ -82,7 +82,7 @@ def mlx_step(config: dict[str, Any], batch_size: int, naive: bool) -> Step:
 def torch_step(config: dict[str, Any], batch_size: int) -> Step:
     """The same in eager PyTorch, on as many threads as there are cores."""
     import torch
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     torch.set_num_threads(os.cpu_count() or 1)
     model = UNet2DModel(**config)
@@ -99,7 +99,7 @@ def torch_step(config: dict[str, Any], batch_size: int) -> Step:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimiser.step()
-        torch._foreach_lerp_(average, list(model.parameters()), 1 - DECAY)
+        torch._foreach_lerp_(average, list(model.parameters()), 1 - DECAY)  # pyright: ignore[reportPrivateImportUsage]
         return loss.item()
 
     return run
