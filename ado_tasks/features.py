@@ -135,12 +135,12 @@ def _train(config: FeaturesConfig, data: Dataset, arch: Architecture, seed: int,
 
 
 def _input_figures(part: Split) -> Weights:
-    """Mean and standard deviation of each channel, of the first images of the train part.
+    """Mean and standard deviation of each channel, of images spread evenly over the train part (which may be sorted).
 
     Without them a small shape on a dark ground is a small part of what the first layer sees: on 18 classes of drawn
     shapes, 16x16, both networks were 12 percentage points worse after 400 steps.
     """
-    images = part.batch(slice(0, FIGURES_FROM))
+    images = part.batch(np.linspace(0, len(part) - 1, min(len(part), FIGURES_FROM)).astype(np.int64))
     std = images.std(axis=(0, 1, 2))
     figures = {"mean": images.mean(axis=(0, 1, 2)), "std": np.where(std > 0, std, 1)}
     return {f"input.{name}": mx.array(values, mx.float32) for name, values in figures.items()}

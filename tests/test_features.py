@@ -295,6 +295,20 @@ def test_progress_curves_and_accuracies_are_reported(digits, tmp_path):
     assert said["loss_pooled", 20] == recorder.steps[19][2]["loss"]
 
 
+def test_input_figures_are_of_the_whole_train_part_even_when_it_is_sorted(tmp_path, monkeypatch):
+    """Sorted by class, as folders are: dark images first, bright ones last."""
+    from ado_tasks import features as module
+
+    monkeypatch.setattr(module, "FIGURES_FROM", 50)
+    rng = np.random.default_rng(0)
+    images = np.concatenate([rng.integers(0, 50, (200, 8, 8)), rng.integers(200, 250, (200, 8, 8))]).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.repeat([0, 1], 200))
+    prepare(PrepareConfig(source="npz"), out=tmp_path / "d", seed=0, source_path=tmp_path / "x.npz")
+    features(SHORT, dataset=tmp_path / "d", out=tmp_path / "f", seed=0)
+    mean = float(load_arrays(tmp_path / "f" / "judge_net.safetensors")["input.mean"].item())
+    assert mean == pytest.approx(images.mean() / 127.5 - 1, abs=0.1)
+
+
 def test_divergence_is_named_and_leaves_nothing(digits, tmp_path):
     config = FeaturesConfig(dimensions=8, filters=4, steps=50, batch=8, learning_rate=1e30)
     with pytest.raises(DivergenceError, match=r"features: the loss of the pooled network is (nan|inf) at step \d+"):

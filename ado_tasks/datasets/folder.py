@@ -111,11 +111,17 @@ def _anywhere(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
 
 
 def _visible(folder_: Path) -> list[Path]:
-    """Sorted entries, without hidden ones; a link to a folder is refused here, before it could be walked into."""
-    entries = sorted(entry for entry in folder_.iterdir() if not entry.name.startswith("."))
+    """Sorted entries, without hidden ones; links to folders are refused here, before they could be walked into."""
+    try:
+        entries = sorted(entry for entry in folder_.iterdir() if not entry.name.startswith("."))
+    except OSError as problem:
+        raise DataError(f"{folder_}: cannot be read ({problem.strerror})") from None
     for entry in entries:
         if entry.is_symlink() and entry.is_dir():
             raise DataError(f"{entry}: a link to a folder; links to folders are not followed")
+        # Opening a pipe would wait for ever. A dangling link is told later, as one.
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise DataError(f"{entry}: neither a file nor a folder")
     return entries
 
 

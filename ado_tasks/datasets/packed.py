@@ -157,7 +157,8 @@ def _idx_image_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{path}: neither a file nor a folder")
-    files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    with _damage(path):
+        files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
     for file in files:
         check_inside(file, path)
     images = [file for file in files if len(_idx_header(file)) > 1]

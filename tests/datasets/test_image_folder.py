@@ -1,5 +1,6 @@
 """Folders of images: what is read is right, what is refused is named, Pillow's globals stay as they were."""
 
+import os
 import struct
 import warnings
 import zlib
@@ -254,6 +255,11 @@ def folder_link(path: Path) -> None:
     path.symlink_to("/", target_is_directory=True)
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -275,6 +281,7 @@ def folder_link(path: Path) -> None:
         (link_out, "leads out of"),
         (dangling_link, "leads nowhere"),
         (folder_link, "link to a folder"),
+        (pipe, "neither a file nor a folder"),
     ],
 )
 def test_what_cannot_be_used_is_named(root, damage, says):
@@ -339,6 +346,15 @@ def test_an_empty_folder_a_flat_one_and_none(tmp_path):
         read(tmp_path / "flat")
     with pytest.raises(DataError, match="not a folder"):
         read(tmp_path / "nowhere")
+
+
+def test_a_folder_that_cannot_be_read(root, monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(DataError, match=r"in: cannot be read \(Permission denied\)"):
+        read(root)
 
 
 def test_more_than_was_agreed(root):
