@@ -17,7 +17,7 @@ from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.errors import DivergenceError
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.optimise import gits
-from ado_tasks.optimise.knots import fit_knots, on_timesteps, resampled
+from ado_tasks.optimise.knots import Fit, fit_knots, on_timesteps, resampled
 from ado_tasks.pictures import plain_axes, save_figure
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Sampler, draw
@@ -28,6 +28,7 @@ Floats = npt.NDArray[np.float64]
 
 INDEX = "index.json"
 PICTURE = "schedules.png"
+NEARLY = 1.15  # starts up to this much farther than the nearest are fitted from too: some end nearer (tried on digits)
 FIT, VALIDATE = "calibrate/fit", "calibrate/validate"  # names of draws: neither is ever reported on
 
 # How a solver runs in Diffusers at its learned timesteps: `set_timesteps(timesteps=…)` of this scheduler, made with
@@ -48,7 +49,7 @@ class CalibrateConfig:
     nfe: tuple[Annotated[int, Field(ge=2, le=50)], ...] = (4, 5, 6, 8)  # evaluations an image to learn knots for
     solvers: tuple[Literal["ddim", "ipndm"], ...] = ("ddim", "ipndm")  # one evaluation a step, deterministic
     samples: Annotated[int, Field(ge=8)] = 48  # trajectories that knots are fitted on
-    validation_samples: Annotated[int, Field(ge=8)] = 32  # other trajectories that candidates are compared on
+    validation_samples: Annotated[int, Field(ge=8)] = 64  # other trajectories that candidates are compared on
     points: Annotated[int, Field(ge=12)] = gits.TEACHER_POINTS  # of a fine trajectory (Chen et al. 2024, §4.1)
     gamma: Annotated[float, Field(gt=0)] = gits.GAMMA  # discount of GITS (Chen et al. 2024, §3.3)
     max_solves: Annotated[int, Field(ge=1)] = 12  # runs of the solver that one fit may make; each costs nfe evaluations
@@ -166,16 +167,21 @@ class _Learner:
 
     def learn(self, steps: int, before: Floats | None) -> tuple[dict[str, Any], Floats]:
         """The entry for this many steps, and its fitted times, from which those for more steps start."""
-        programmed = self._gits(steps)
-        usual = {name: baseline_grid(name, steps, self._fitted_on.schedule) for name in BASELINE_GRIDS}
-        # Fits from the two other usual grids, whose first steps change little, were farther where tried.
-        starts = [programmed, usual["uniform_time"]] + ([] if before is None else [resampled(before, steps)])
-        start = min(starts, key=lambda times: self._fitted_on.mean_distance(self._solver, times))
-        fit = fit_knots(
+        starts = [self._gits(steps), grids.uniform_time(steps)] + ([] if before is None else [resampled(before, steps)])
+        distances = [self._fitted_on.mean_distance(self._solver, times) for times in starts]
+        fits = [
+            self._fit(times)
+            for times, distance in zip(starts, distances, strict=True)
+            if distance <= NEARLY * min(distances)
+        ]
+        fitted = min(fits, key=lambda fit: fit.mean_distance).times
+        return self._entry(steps, fitted, gits_times=starts[0]), fitted
+
+    def _fit(self, start: Floats) -> Fit:
+        return fit_knots(
             lambda times: self._fitted_on.solve(self._solver, times), self._fitted_on.path.sample, start,
             self._config.max_solves, free_start=self._config.free_start,
         )  # fmt: skip
-        return self._entry(steps, {"fitted": fit.times, "gits": programmed}, usual), fit.times
 
     def _gits(self, steps: int) -> Floats:
         gamma = self._config.gamma
@@ -185,20 +191,21 @@ class _Learner:
             knots = gits.best_multistep_knots(self._jumps, self._multistep, steps, gamma)
         return self._fitted_on.path.times[knots]
 
-    def _entry(self, steps: int, candidates: dict[str, Floats], usual: dict[str, Floats]) -> dict[str, Any]:
+    def _entry(self, steps: int, fitted: Floats, gits_times: Floats) -> dict[str, Any]:
         """Compare on the validation draw. A usual grid wins where nothing learned is nearer: no harm is done."""
+        schedule, timesteps_of = self._fitted_on.schedule, _Timesteps(self._fitted_on.schedule)
+        usual = {name: baseline_grid(name, steps, schedule) for name in BASELINE_GRIDS}
         baselines = {name: self._validated_on.distance(self._solver, times) for name, times in usual.items()}
         best = min(baselines, key=lambda name: baselines[name])
-        timesteps_of = _Timesteps(self._fitted_on.schedule)
-        on_grid = {name: timesteps_of.nearest(times) for name, times in (candidates | {best: usual[best]}).items()}
+        on_grid = {"fitted": fitted, "gits": gits_times, best: usual[best]}
+        on_grid = {name: timesteps_of.nearest(times) for name, times in on_grid.items()}
         distances = {name: self._validated_on.distance(self._solver, times) for name, times in on_grid.items()}
         chosen = min(distances, key=lambda name: distances[name])
-        times = on_grid[chosen]
         return {
             "solver": self._solver,
             "nfe": steps,
-            "times": times.tolist(),
-            "timesteps": timesteps_of.of(times),
+            "times": on_grid[chosen].tolist(),
+            "timesteps": timesteps_of.of(on_grid[chosen]),
             "diffusers": DIFFUSERS.get(self._solver),
             "method": chosen,
             "distance": distances[chosen],  # on the validation draw, as all distances here

@@ -148,6 +148,7 @@ def oracle(dataset):
     return mixture_denoiser(SCHEDULE, images, 0.3)
 
 
+@pytest.mark.bars
 def test_learned_knots_are_nearer_than_every_usual_grid_on_other_noise(model, dataset, oracle, tmp_path, monkeypatch):
     monkeypatch.setattr(Sampler, "denoiser", lambda self, labels: oracle)
     found = calibrate(CalibrateConfig(), model=model, dataset=dataset, out=tmp_path / "out", seed=0)
@@ -172,7 +173,7 @@ def test_learned_knots_are_nearer_than_every_usual_grid_on_other_noise(model, da
 def test_nothing_learned_is_kept_where_a_usual_grid_is_nearer(model, dataset, oracle, tmp_path, monkeypatch):
     monkeypatch.setattr(Sampler, "denoiser", lambda self, labels: oracle)
     clumped = np.append(1 - np.arange(8) / 1000, 0.0)
-    monkeypatch.setattr("ado_tasks.calibrate.fit_knots", lambda *_, **__: Fit(clumped, 0.0, 1))
+    monkeypatch.setattr("ado_tasks.calibrate.fit_knots", lambda *_, **__: Fit(clumped, 0.0, 0.0, 1))
     # A discount under which GITS cares for its last jump only.
     spoilt = CalibrateConfig(nfe=(8,), solvers=("ddim",), gamma=1e6, samples=8)
     calibrate(spoilt, model=model, dataset=dataset, out=tmp_path / "out", seed=0)

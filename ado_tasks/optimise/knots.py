@@ -40,6 +40,7 @@ class Fit:
     """What a fit found."""
 
     times: Floats  # (n + 1,)
+    mean_distance: float  # root mean square over pixels, mean over the batch: not led by a few samples
     mean_square: float  # plain squared distance to the fine solution on the batch it was fitted on
     solves: int  # how often the solver ran, at n evaluations each
 
@@ -61,7 +62,8 @@ def fit_knots(
     problem = _Problem(solve, np.asarray(fine, np.float64), np.asarray(start, np.float64), max_solves)
     if problem.left > 0:
         _descend(problem, _Family(problem.best_times, free_start, degree))
-    return Fit(problem.best_times, problem.mean_square_of_best, problem.made)
+    squared = problem.squared_of_best
+    return Fit(problem.best_times, float(np.sqrt(squared).mean()), float(squared.mean()), problem.made)
 
 
 def _descend(problem: "_Problem", family: "_Family") -> None:
@@ -109,7 +111,7 @@ class _Problem:
     def __init__(self, solve: Solve, fine: Floats, start: Floats, max_solves: int) -> None:
         self._solve, self._fine, self._max_solves = solve, fine.reshape(len(fine), -1), max_solves
         self.made, self._least, self._delta = 0, np.inf, None
-        self.best_times, self.mean_square_of_best = start, np.inf
+        self.best_times, self.squared_of_best = start, np.zeros(0)
         self.residual(start)
 
     @property
@@ -128,7 +130,7 @@ class _Problem:
         robust = found * np.sqrt(2 / (1 + np.sqrt(1 + relative)))
         total = float(np.square(robust).sum())
         if total < self._least:
-            self._least, self.best_times, self.mean_square_of_best = total, times, float(squared.mean())
+            self._least, self.best_times, self.squared_of_best = total, times, squared
         return robust.ravel()
 
 

@@ -53,7 +53,8 @@ class Loop:
             losses.append(step(self.batch_of(index), self.learning_rate_of(index)))
             done = index + 1
             last = done == self.steps
-            if last or done % CHECK_EVERY == 0:
+            # Before a checkpoint too: only what is finite is kept, and a resumed run averages over the same steps.
+            if last or done % CHECK_EVERY == 0 or done % self.checkpoint_every == 0:
                 self._check(losses, done)
                 losses = []
             if self.validate and (last or done % self.validate_every == 0):

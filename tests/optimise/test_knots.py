@@ -62,6 +62,8 @@ def test_a_fit_improves_on_held_out_noise(solver, free_start):
 
     fit = fit_knots(solve, fine[:64], uniform_time(5), max_solves=16, free_start=free_start)
     assert fit.mean_square == pytest.approx(distance(fit.times, slice(0, 64)), rel=1e-5)
+    each = np.sqrt(np.mean((solve(fit.times) - fine[:64]) ** 2, axis=(1, 2, 3)))
+    assert fit.mean_distance == pytest.approx(each.mean(), rel=1e-5)
     assert distance(fit.times, slice(64, 128)) < 0.9 * distance(uniform_time(5), slice(64, 128))
     assert (fit.times[0] == 1) is not free_start
 
