@@ -140,18 +140,15 @@ class _Trajectories:
         self.evaluations += len(self._start) * (len(times) - 1)
         return self._sampler(self._start, solver, times)
 
-    def distance(self, solver: str, times: Floats) -> float:
-        """Mean squared distance a pixel to the fine solution."""
-        return float(np.mean(self._squared(solver, times)))
-
-    def mean_distance(self, solver: str, times: Floats) -> float:
-        """Mean, not squared, distance: a few samples that end in another image weigh less (see optimise/knots.py)."""
-        return float(np.mean(np.sqrt(self._squared(solver, times))))
-
-    def _squared(self, solver: str, times: Floats) -> Floats:
-        """Squared distance a pixel of each sample, (B,)."""
+    def squared(self, solver: str, times: Floats) -> Floats:
+        """Mean squared distance a pixel of each sample to the fine solution, (B,)."""
         difference = self.solve(solver, times).astype(np.float64) - self.path.sample
         return np.square(difference).reshape(len(difference), -1).mean(axis=1)
+
+
+def _typical(squared: Floats) -> float:
+    """Mean, not squared, distance: choices on few samples are not led by those that end in another image."""
+    return float(np.sqrt(squared).mean())
 
 
 class _Learner:
@@ -168,7 +165,7 @@ class _Learner:
     def learn(self, steps: int, before: Floats | None) -> tuple[dict[str, Any], Floats]:
         """The entry for this many steps, and its fitted times, from which those for more steps start."""
         starts = [self._gits(steps), grids.uniform_time(steps)] + ([] if before is None else [resampled(before, steps)])
-        distances = [self._fitted_on.mean_distance(self._solver, times) for times in starts]
+        distances = [_typical(self._fitted_on.squared(self._solver, times)) for times in starts]
         fits = [
             self._fit(times)
             for times, distance in zip(starts, distances, strict=True)
@@ -195,12 +192,12 @@ class _Learner:
         """Compare on the validation draw. A usual grid wins where nothing learned is nearer: no harm is done."""
         schedule, timesteps_of = self._fitted_on.schedule, _Timesteps(self._fitted_on.schedule)
         usual = {name: baseline_grid(name, steps, schedule) for name in BASELINE_GRIDS}
-        baselines = {name: self._validated_on.distance(self._solver, times) for name, times in usual.items()}
-        best = min(baselines, key=lambda name: baselines[name])
+        baselines = {name: self._validated_on.squared(self._solver, times) for name, times in usual.items()}
+        best = min(baselines, key=lambda name: _typical(baselines[name]))
         on_grid = {"fitted": fitted, "gits": gits_times, best: usual[best]}
         on_grid = {name: timesteps_of.nearest(times) for name, times in on_grid.items()}
-        distances = {name: self._validated_on.distance(self._solver, times) for name, times in on_grid.items()}
-        chosen = min(distances, key=lambda name: distances[name])
+        candidates = {name: self._validated_on.squared(self._solver, times) for name, times in on_grid.items()}
+        chosen = min(candidates, key=lambda name: _typical(candidates[name]))
         return {
             "solver": self._solver,
             "nfe": steps,
@@ -208,11 +205,12 @@ class _Learner:
             "timesteps": timesteps_of.of(on_grid[chosen]),
             "diffusers": DIFFUSERS.get(self._solver),
             "method": chosen,
-            "distance": distances[chosen],  # on the validation draw, as all distances here
-            "candidates": distances,
-            "baselines": baselines,
+            "distance": float(candidates[chosen].mean()),  # squared, on the validation draw, as all distances here
+            "candidates": {name: float(squared.mean()) for name, squared in candidates.items()},
+            "baselines": {name: float(squared.mean()) for name, squared in baselines.items()},
             "best_baseline": best,
-            "ratio_to_best": distances[chosen] / baselines[best],
+            "ratio_to_best": float(candidates[chosen].mean() / baselines[best].mean()),
+            "chosen_by": {name: _typical(squared) for name, squared in candidates.items()},  # mean distance, not squared
         }
 
 

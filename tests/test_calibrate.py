@@ -89,8 +89,8 @@ def test_the_files_say_where_to_step_and_what_that_was_chosen_on(schedules, mode
         assert times[0] <= 1
         assert times[-1] == 0
         np.testing.assert_allclose((np.array(stored["timesteps"]) + 1) / 1000, times[:-1], atol=1e-12)
-        assert stored["distance"] == min(stored["candidates"].values())
-        assert stored["baselines"][stored["best_baseline"]] == min(stored["baselines"].values())
+        assert stored["method"] == min(stored["chosen_by"], key=stored["chosen_by"].get)
+        assert stored["distance"] == stored["candidates"][stored["method"]]
         assert stored["ratio_to_best"] == pytest.approx(
             stored["distance"] / stored["baselines"][stored["best_baseline"]]
         )
@@ -179,7 +179,7 @@ def test_nothing_learned_is_kept_where_a_usual_grid_is_nearer(model, dataset, or
     calibrate(spoilt, model=model, dataset=dataset, out=tmp_path / "out", seed=0)
     entry = json.loads((tmp_path / "out" / "ddim-8.json").read_text())
     assert entry["method"] == entry["best_baseline"]
-    assert entry["distance"] < min(entry["candidates"]["fitted"], entry["candidates"]["gits"])
+    assert entry["chosen_by"][entry["method"]] < min(entry["chosen_by"]["fitted"], entry["chosen_by"]["gits"])
     assert entry["ratio_to_best"] == pytest.approx(1, abs=0.05)
 
 
