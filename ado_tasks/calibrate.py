@@ -210,7 +210,7 @@ class _Learner:
             "baselines": {name: float(squared.mean()) for name, squared in baselines.items()},
             "best_baseline": best,
             "ratio_to_best": float(candidates[chosen].mean() / baselines[best].mean()),
-            "chosen_by": {name: _typical(squared) for name, squared in candidates.items()},  # mean distance, not squared
+            "chosen_by": {name: _typical(squared) for name, squared in candidates.items()},  # not squared
         }
 
 

@@ -164,16 +164,16 @@ def _choose(
     config: EvaluateConfig, samplers: _Samplers, variants: list[Variant], data: Any, extractor: Any, anchor: Path,
     limit: float, seed: int,
 ) -> tuple[str, list[dict[str, Any]]]:  # fmt: skip
-    """The cheapest variant that is non-inferior on the selection part and its noise; the teacher if none is."""
+    """The first variant, cheapest first, that is non-inferior on the selection part and its noise; else the teacher."""
     part = data.split("selection")
     real = extractor.features(part.batch(np.arange(len(part))))
     teacher = np.array(load_arrays(anchor / "teacher.safetensors")["features"])
     start = draw(seed, SELECTION, len(teacher), part)
-    chosen, reasons = "teacher-50", []
-    for variant in sorted((v for v in variants if v.family != "teacher"), key=lambda v: -v.nfe):
+    reasons = []
+    for variant in sorted((v for v in variants if v.family != "teacher"), key=lambda v: v.nfe):
         interval = kid_difference(extractor.features(samplers(variant, start)), teacher, real)
         passed = non_inferior(interval, limit)
         reasons.append({"name": variant.name, "upper_end": interval.high, "margin": limit, "non_inferior": passed})
         if passed:
-            chosen = variant.name
-    return chosen, reasons
+            return variant.name, reasons
+    return "teacher-50", reasons

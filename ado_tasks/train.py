@@ -85,7 +85,7 @@ def train(
     """
     data = open_dataset(dataset)
     part, held_out = data.split("train"), data.split("selection")
-    unet = UNet2D(UNet2DConfig.from_dict(complete_model(config.model, data)))
+    unet = UNet2D(UNet2DConfig.from_dict(complete_model(config.model, data), where="params.yaml train.model"))
     initialise(unet, rng.key(seed, "train", "initialise"))
     schedule = schedule_from_diffusers({"beta_schedule": config.beta_schedule})
     loss = _loss(unet, schedule, config)
@@ -96,7 +96,7 @@ def train(
     loop = Loop(
         name="train",
         steps=config.steps,
-        batch_of=lambda index: _batch(part, config.batch_size, seed, index),
+        batch_of=lambda index: _training_batch(part, config.batch_size, seed, index, unet.config.dropout),
         learning_rate_of=lambda index: learning_rate_at(config, index),
         checkpoints=checkpoints,
         checkpoint_every=config.checkpoint_every,
@@ -156,6 +156,12 @@ def _batch(part: Split, batch_size: int, seed: int, step: int) -> dict[str, mx.a
     return batch | labels_of(part, rows)
 
 
+def _training_batch(part: Split, batch_size: int, seed: int, step: int, dropout: float) -> dict[str, mx.array]:
+    batch = _batch(part, batch_size, seed, step)
+    # A key a row, so that each part of the batch that is computed apart has one of its own.
+    return batch | ({"dropout": mx.random.split(rng.key(seed, "dropout", step), batch_size)} if dropout else {})
+
+
 def _loss(unet: UNet2D, schedule: NoiseSchedule, config: TrainConfig) -> Any:
     weight = losses.weight(config.loss)
 
@@ -164,8 +170,9 @@ def _loss(unet: UNet2D, schedule: NoiseSchedule, config: TrainConfig) -> Any:
         unet.update(parameters)
         alpha, sigma = schedule.alpha_sigma(batch["t"])
         z = expand(alpha, batch["noise"]) * batch["images"] + expand(sigma, batch["noise"]) * batch["noise"]
+        key = batch["dropout"][0] if "dropout" in batch else None
         denoise = make_denoiser(
-            lambda z, timestep: unet(z, timestep, batch.get("labels")), schedule, config.prediction_type
+            lambda z, time: unet(z, time, batch.get("labels"), dropout_key=key), schedule, config.prediction_type
         )
         weights = weight(2 * (mx.log(alpha) - mx.log(sigma)))
         return mx.mean(losses.weighted_squared_error(denoise(z, batch["t"]), batch["images"], weights))

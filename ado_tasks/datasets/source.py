@@ -1,5 +1,6 @@
 """What every source of images looks like to `prepare`, and the embedded default: handwritten digits."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,10 @@ class Source:
 
 def digits() -> Source:
     """1,797 real handwritten digits, 8x8 grey, from scikit-learn; the levels 0..16 become 0..255."""
+    before = random.getstate()  # importing rich, which scikit-learn does, draws from Python's global generator
     from sklearn.datasets import load_digits  # noqa: PLC0415  (0.5 s that other sources need not pay)
 
+    random.setstate(before)
     bunch: Any = load_digits()
     images = np.rint(bunch.images * (255 / DIGIT_LEVELS)).astype(np.uint8)[..., None]
     return Source(

@@ -57,6 +57,7 @@ class Scores:
     precision: float
     recall: float
     class_accuracy: float | None
+    class_accuracy_ci: list[float] | None
     memorisation: dict[str, float]
 
     def as_plain(self) -> dict[str, Any]:
@@ -138,6 +139,7 @@ def score(yardstick: Yardstick, images: Images, start: Draw, base: Base) -> Scor
     count = len(base.fine)
     same = len(reference.report)
     sharpness = precision_recall(found[:same], reference.report[: len(found)])
+    accuracy = _accuracy(yardstick, images, start)
     return Scores(
         fd=beyond.model,
         fd_excess=beyond.over_floor,
@@ -152,9 +154,8 @@ def score(yardstick: Yardstick, images: Images, start: Draw, base: Base) -> Scor
         paired_distance_features=paired_distance(found[:count], base.fine_features).mean,
         precision=sharpness.precision,
         recall=sharpness.recall,
-        class_accuracy=None
-        if yardstick.judge is None or start.labels is None
-        else class_accuracy(yardstick.judge.predict(images), start.labels).value,
+        class_accuracy=None if accuracy is None else accuracy.value,
+        class_accuracy_ci=None if accuracy is None else [accuracy.low, accuracy.high],
         memorisation=_copying(yardstick, images),
     )  # fmt: skip
 
@@ -168,10 +169,16 @@ def _verdict(difference: Interval, margin: float) -> dict[str, Any]:
     }
 
 
+def _accuracy(yardstick: Yardstick, images: Images, start: Draw) -> Interval | None:
+    if yardstick.judge is None or start.labels is None:
+        return None
+    return class_accuracy(yardstick.judge.predict(images), start.labels)
+
+
 def _copying(yardstick: Yardstick, images: Images) -> dict[str, float]:
     reference = yardstick.reference
     found = memorisation(
         images[: len(reference.report_images)], reference.report_images, reference.train_images,
         rng=np.random.default_rng(yardstick.seed),
     )  # fmt: skip
-    return {"value": found.value, "low": found.low, "high": found.high}
+    return {"value": found.value, "low": found.low, "high": found.high, "close": found.close}

@@ -20,6 +20,7 @@ Arrays = dict[str, mx.array]  # parameters by name
 
 BETAS = (0.9, 0.999)  # Kingma & Ba 2015, algorithm 1
 EPSILON = 1e-8  # the same; outside the square root, as in PyTorch
+ALIGNMENT = 64  # numbers: 256 bytes in float32, what CUDA's allocations have
 CLIP_EPSILON = 1e-6  # against 0/0, as torch.nn.utils.clip_grad_norm_
 
 
@@ -32,8 +33,15 @@ class Layout:
 
     @staticmethod
     def of(parameters: Tree) -> "Layout":
-        """The layout of a tree of arrays, in the order of their names."""
-        flat = sorted(dict(mlx_utils.tree_flatten(parameters)).items())
+        """The layout of a tree of arrays: by the alignment that their sizes allow, then by name.
+
+        A parameter of a multiple of 2ᵏ numbers then begins at such a multiple, up to ALIGNMENT, with nothing between
+        parameters: matrix products on CUDA refuse what is not aligned.
+        """
+        flat = sorted(
+            dict(mlx_utils.tree_flatten(parameters)).items(),
+            key=lambda item: (-math.gcd(item[1].size, ALIGNMENT), item[0]),
+        )
         return Layout(tuple(name for name, _ in flat), tuple(tuple(array.shape) for _, array in flat))
 
     @property
@@ -124,7 +132,7 @@ class TrainStep:
         ) -> tuple[Vectors, Arrays]:
             # Each group works out the whole norm for itself: cheaper than to wait for another stream.
             gradients = [weighted_sum(shares, [part[group] for part in parts]) for group in range(len(self._groups))]
-            norm = mx.sqrt(sum((gradient @ gradient for gradient in gradients), mx.array(0.0)))
+            norm = mx.sqrt(sum((mx.sum(gradient * gradient) for gradient in gradients), mx.array(0.0)))
             new = adam(vectors, gradients[number], norm, rates, self._clip)
             return new, self._groups[number].unflatten(new["parameters"])
 
