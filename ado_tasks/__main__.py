@@ -96,7 +96,7 @@ def task_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPar
 
 def run_task(name: str, arguments: Sequence[str]) -> int:
     """Parse a task's options, run it, record what it said, and hand the record to the tracker."""
-    from ado_tasks import config, tracking  # noqa: PLC0415
+    from ado_tasks import config, storage, tracking  # noqa: PLC0415
 
     function = getattr(importlib.import_module(f"ado_tasks.{name}"), name)
     options = task_parser(name, function).parse_args(arguments)
@@ -115,9 +115,11 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
     if name in UNRECORDED:
         result = function(settings, **paths, **extra)
     else:
-        with tracking.recorded(
-            options.section, name, settings, {**paths, **extra}, measured=name in MEASURED
-        ) as report:
+        told = {**paths, **extra}
+        with (
+            storage.named_storage_errors(tracking.HOME),  # the record is written too, and the disk may be full
+            tracking.recorded(options.section, name, settings, told, measured=name in MEASURED) as report,
+        ):
             result = function(settings, **paths, **extra, report=report)
     print(f"{options.section}: {result}", file=sys.stderr)
     return 0

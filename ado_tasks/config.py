@@ -22,7 +22,8 @@ C = TypeVar("C")
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def config(cls: type[C]) -> type[C]:
     """Make a class a frozen dataclass whose unknown keys, wrong types and out-of-range values are errors."""
-    return _pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))(cls)  # pyright: ignore[reportReturnType]
+    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    return _pydantic_dataclass(frozen=True, config=rules)(cls)  # pyright: ignore[reportReturnType]
 
 
 def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
@@ -48,7 +49,7 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 def _to_json(values: Mapping[str, Any], where: str) -> str:
     try:
         return json.dumps(values)
-    except TypeError as problem:
+    except (TypeError, ValueError, RecursionError) as problem:  # of what JSON lacks, and of a mapping that holds itself
         raise ConfigError(f"{where}: {problem}") from None
 
 
@@ -65,10 +66,10 @@ def _explain(error: Any, cls: type, where: str) -> str:
 def read_params(path: Path) -> dict[str, Any]:
     """Read a params file. Raises ConfigError where it is missing or is not a mapping in YAML."""
     try:
-        params = yaml.safe_load(path.read_text())
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise ConfigError(f"{path}: cannot be read ({problem.strerror})") from None
-    except yaml.YAMLError as problem:
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: not UTF-8
         raise ConfigError(f"{path}: not valid YAML: {problem}") from None
     if not isinstance(params, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(params).__name__}")

@@ -70,7 +70,7 @@ def evaluate(
         ArtifactError: an input is damaged, or the margin was frozen with other features.
         DivergenceError: a sample is not finite.
     """
-    frozen = read_json(anchor / "anchor.json")
+    frozen = read_json(anchor / "anchor.json", "features_sha256", "margin")
     data, extractor, judge = open_dataset(dataset), load_features(features), load_judge(features)
     if frozen["features_sha256"] != extractor.sha256:
         raise ArtifactError(

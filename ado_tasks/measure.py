@@ -64,7 +64,7 @@ def measure(
     Raises:
         HardwareError: the profile is another machine's.
     """
-    machine, planned = this_machine(), read_json(profile)
+    machine, planned = this_machine(), read_json(profile, "id")
     if planned["id"] != machine.identity:
         raise HardwareError(
             f"{profile} is of machine {planned['id']}, this is {machine.identity}: run `profile` here first"

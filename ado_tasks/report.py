@@ -94,7 +94,7 @@ class Terminal:
     """A progress bar where there is a terminal, plain lines at intervals where there is none."""
 
     title: str
-    stream: TextIO = sys.stderr
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
 
     def __post_init__(self) -> None:
         """Start the clock, and the bar if there is a terminal to draw it on."""

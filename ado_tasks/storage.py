@@ -67,12 +67,13 @@ def _replace_folder(partial: Path, out: Path) -> None:
         partial.rename(out)
         return
     former = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent)) / "former"
-    out.rename(former)
     try:
-        partial.rename(out)
-    except OSError:
-        former.rename(out)
-        raise
+        out.rename(former)
+        try:
+            partial.rename(out)
+        except OSError:
+            former.rename(out)
+            raise
     finally:
         shutil.rmtree(former.parent, ignore_errors=True)
 
@@ -140,14 +141,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises ArtifactError where it is missing or not JSON."""
+def read_json(path: Path, *keys: str) -> Any:
+    """Read a JSON file. Raises ArtifactError where it is missing, not JSON, or lacks one of `keys` at its top."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except OSError as problem:
         raise ArtifactError(f"{path}: cannot be read ({problem.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ArtifactError(f"{path}: not valid JSON ({problem})") from None
+    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise ArtifactError(f"{path}: has no {', '.join(missing)}; made by another task, or damaged")
+    return value
 
 
 def sha256_file(path: Path) -> str:

@@ -51,7 +51,7 @@ def teacher_variants(teacher: StoredModel, steps: tuple[int, ...] = TEACHER_STEP
 
 def student_variants(family: Path) -> list[Variant]:
     """The students in a family's folder, most steps first. Raises ArtifactError where there are none."""
-    steps = sorted((int(path.name) for path in family.iterdir() if path.name.isdigit()), reverse=True)
+    steps = sorted((int(path.name) for path in family.glob("*") if path.name.isdigit()), reverse=True)
     if not steps:
         raise ArtifactError(f"{family}: no student in it; folders named by their number of steps are expected")
     return [
@@ -69,8 +69,11 @@ def calibrated_variants(teacher: StoredModel, schedules: Path) -> list[Variant]:
 
 
 def read_knots(schedules: Path) -> list[dict[str, Any]]:
-    """Every learned schedule in a folder made by `calibrate`."""
-    return [read_json(path) for path in sorted(schedules.glob("*-*.json"))]
+    """Every learned schedule in a folder made by `calibrate`. Raises ArtifactError where one is damaged, or none is."""
+    files = sorted(schedules.glob("*-*.json"))
+    if not files:
+        raise ArtifactError(f"{schedules}: no schedule in it; files named <solver>-<nfe>.json are expected")
+    return [read_json(path, "solver", "nfe", "times") for path in files]
 
 
 def baseline_grid(name: str, steps: int, schedule: NoiseSchedule) -> np.ndarray:
