@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Bytecode is kept: without it every stage compiles its libraries anew (4 s).
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help demo test install openblas lint format bench bars mlflow table clean lock parity
+.PHONY: help demo test install openblas lint format bench bars mlflow table clean lock parity preset
 
 UV_VERSION := 0.13.9
 # An existing uv is used; otherwise one is put into .uv/, from PyPI: nothing outside this folder changes.
@@ -29,6 +29,15 @@ demo: install  ## run the whole pipeline (train, distil, calibrate, evaluate) an
 	@$(RUN) python -m ado_tasks sync
 	@$(RUN) python -m ado_tasks compare
 
+NAME ?= shapes16
+PRESET = .ado/presets/$(NAME)
+preset: install  ## run the graph with params.NAME.yaml (NAME=shapes16) in .ado/presets/NAME; goes on where it stopped
+	@test -f params.$(NAME).yaml || { echo "no params.$(NAME).yaml; there is: $$(ls params.*.yaml)" >&2; exit 2; }
+	@test -d $(PRESET) || git clone --quiet . $(PRESET)
+	@git -C $(PRESET) fetch --quiet && git -C $(PRESET) reset --quiet --hard FETCH_HEAD
+	@cp params.$(NAME).yaml $(PRESET)/params.yaml
+	@cd $(PRESET) && $(RUN) dvc repro && $(RUN) python -m ado_tasks sync && $(RUN) python -m ado_tasks compare
+
 table:  ## print the table of the last run again
 	@$(RUN) python -m ado_tasks compare
 
@@ -50,6 +59,7 @@ bench: install  ## speed of a training step against PyTorch, in turn
 bars: install  ## the full-size checks, too long for CI
 	@$(RUN) python -m pytest -m bars -s
 	@$(RUN) python bench/statistics_coverage.py --trials 1000
+	@$(MAKE) --no-print-directory preset NAME=shapes16
 
 mlflow: install  ## look at the recorded runs in a browser
 	@$(RUN) python -m ado_tasks sync

@@ -23,7 +23,7 @@ from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.batches import images_of_step, labels_of
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.loop import Curve, Loop
-from ado_tasks.optimise.progressive import Interval, distillation_target
+from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
 from ado_tasks.optimise.steps import TrainStep
 from ado_tasks.parallel import sharded_apply
 from ado_tasks.pictures import save_curves
@@ -35,7 +35,8 @@ from ado_tasks.storage import atomic_folder, sha256_tree, write_json
 class DistillConfig:
     """How students are taught."""
 
-    teacher_steps: Annotated[int, Field(ge=2)] = 32  # DDIM steps of the teacher that the first student replaces
+    teacher_steps: Annotated[int, Field(ge=2)] = 32  # steps of the teacher that the first student replaces
+    teacher_solver: WalkSolver = "ddim"  # of those steps; later teachers are students, and take DDIM's
     student_steps: tuple[Annotated[int, Field(ge=1)], ...] = (8, 4, 2, 1)  # one stage each; each divides the one before
     stage_steps: Annotated[int, Field(ge=1)] = 500  # optimiser steps a stage
     batch_size: Annotated[int, Field(ge=1)] = 64  # images a step
@@ -172,9 +173,11 @@ class Stage:
 
         A function of its own: mx.compile mistakes weights that are held for weights that come in, where both are used.
         """
+        # A student knows DDIM's steps from its own grid only: nothing else is asked of it when it teaches.
+        solver: WalkSolver = self.config.teacher_solver if self.number == 0 else "ddim"
 
         def walk(z: mx.array, times: mx.array, *labels: mx.array) -> mx.array:
-            return distillation_target(self.denoiser(teacher, labels), z, times, self.schedule)
+            return distillation_target(self.denoiser(teacher, labels), z, times, self.schedule, solver)
 
         return sharded_apply(walk, self.config.shards)
 

@@ -30,7 +30,7 @@ class MeasureConfig:
     """How costs are taken."""
 
     batch_size: Annotated[int, Field(ge=1)] = 64  # images sampled at once
-    rounds: Annotated[int, Field(ge=3)] = 5  # each variant once a round
+    rounds: Annotated[int, Field(ge=3)] = 3  # each variant once a round
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
     precision: Literal["float32"] = "float32"  # of weights and activations
 

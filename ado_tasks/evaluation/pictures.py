@@ -36,7 +36,7 @@ def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float
 
 
 def save_paired(path: Path, entries: Sequence[Mapping[str, Any]], calibration: Sequence[Mapping[str, Any]]) -> None:
-    """Mean squared pixel distance to the teacher's 500-step solution at the same noise, by evaluations an image."""
+    """Mean squared pixel distance to the teacher's fine solution at the same noise, by evaluations an image."""
     figure = Figure(figsize=(11.0, 4.0))
     axes = plain_axes(figure, (1, 2, 1))
     for family, rows in _families(entries).items():

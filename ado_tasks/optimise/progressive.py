@@ -7,6 +7,7 @@ K = 2 is the paper's halving. A larger K in the first stage skips a student that
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from ado_tasks.diffusion.denoiser import Denoiser
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.diffusion.solvers.ddim import ddim_step
+
+WalkSolver = Literal["ddim", "dpmpp_2m"]
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,32 @@ class Interval:
         return whole / (self.teacher_substeps * self.student_steps)
 
 
-def teacher_walk(teacher: Denoiser, z_t: mx.array, times: mx.array, schedule: NoiseSchedule) -> mx.array:
-    """z'': where the teacher's DDIM steps along `times` (B, K + 1) lead from z_t (B, H, W, C). Nothing is clipped."""
-    z = z_t
+def teacher_walk(
+    teacher: Denoiser, z_t: mx.array, times: mx.array, schedule: NoiseSchedule, solver: WalkSolver = "ddim"
+) -> mx.array:
+    """z'': where the teacher's steps along `times` (B, K + 1) lead from z_t (B, H, W, C). Nothing is clipped.
+
+    "ddim" is the paper's. "dpmpp_2m" starts as DDIM does and then puts x̂ + (x̂ − x̂_prev) h/2h_prev in the place of x̂
+    (Lu et al. 2022b, algorithm 2; h in log-SNR), but for a step to t = 0: as near to the teacher's exact solution in
+    half the evaluations and fewer.
+    """
+    z, before = z_t, None
     for k in range(times.shape[1] - 1):
         t, s = times[:, k], times[:, k + 1]
-        z = ddim_step(teacher(z, t), z, *_levels(t, z, schedule), *_levels(s, z, schedule))
+        x_hat = teacher(z, t)
+        estimate = x_hat
+        if solver == "dpmpp_2m" and before is not None:
+            estimate = x_hat + _extrapolation(times[:, k - 1], t, s, z, schedule) * (x_hat - before)
+        z, before = ddim_step(estimate, z, *_levels(t, z, schedule), *_levels(s, z, schedule)), x_hat
     return z
+
+
+def _extrapolation(before: mx.array, t: mx.array, s: mx.array, like: mx.array, schedule: NoiseSchedule) -> mx.array:
+    """h/2h_prev for the step from t to s after one from `before` to t; 0 where s = 0, and h infinite."""
+    clean = schedule.alpha_sigma(s)[1] == 0
+    first, second, third = (schedule.log_snr(mx.where(clean, 1.0, each)) for each in (before, t, s))
+    previous = mx.where(clean, 1.0, second - first)
+    return expand(mx.where(clean, 0.0, (third - second) / (2 * previous)), like)
 
 
 def target(
@@ -55,9 +77,11 @@ def target(
     return (z_end - ratio * z_t) / (alpha_s - ratio * alpha_t)
 
 
-def distillation_target(teacher: Denoiser, z_t: mx.array, times: mx.array, schedule: NoiseSchedule) -> mx.array:
+def distillation_target(
+    teacher: Denoiser, z_t: mx.array, times: mx.array, schedule: NoiseSchedule, solver: WalkSolver = "ddim"
+) -> mx.array:
     """x̃ for noisy images z_t (B, H, W, C) that stand at times[:, 0], the start of their intervals. No gradient."""
-    z_end = teacher_walk(teacher, z_t, times, schedule)
+    z_end = teacher_walk(teacher, z_t, times, schedule, solver)
     t, s = _levels(times[:, 0], z_t, schedule), _levels(times[:, -1], z_t, schedule)
     return mx.stop_gradient(target(z_end, z_t, *t, *s))
 
