@@ -17,16 +17,22 @@ from ado_tasks.backend import mx
 from ado_tasks.errors import AdoError, ArtifactError, StorageError
 
 _CHUNK = 1 << 20
+_KERNEL_FAILED = "[Compile::eval_cpu]"  # how MLX begins; its compiler writes below the folder for temporary files
 _SAFETENSORS_HEADER = 8  # bytes: the little-endian length of the JSON header (safetensors format, README "Format")
 
 
 @contextmanager
 def named_storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the block into a StorageError that names the path and the reason."""
+    """Turn an OSError inside the block, or a kernel that could not be stored, into a StorageError with its reason."""
     try:
         yield
     except AdoError:
         raise
+    except RuntimeError as problem:
+        if not str(problem).startswith(_KERNEL_FAILED):
+            raise
+        reason = "; ".join(str(problem).strip().splitlines()[-2:])
+        raise StorageError(f"{tempfile.gettempdir()}: MLX could not compile a kernel there: {reason}") from problem
     except OSError as problem:
         reason = {
             errno.ENOSPC: "the disk is full",

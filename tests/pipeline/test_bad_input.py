@@ -7,6 +7,7 @@ from there to the shell.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from ado_tasks.__main__ import main
+from ado_tasks.backend import HAS_CPU_COMPILER, on_cpu
 from ado_tasks.errors import AdoError, ArtifactError, ConfigError, DataError, StorageError
 from ado_tasks.variants import read_knots, student_variants
 
@@ -212,13 +214,13 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 def ends_with_a_storage_error(command: str, cwd: Path, words: list[str], before: str = "") -> None:
-    """In a process of its own, started by a shell that may set limits before."""
+    """In a process of its own, started by a shell that may set limits and variables before."""
     (cwd / "params.yaml").write_text("seed: 0\nprepare: {}\n" + TRAIN)
     shell = ["sh", "-c", f'{before} exec "$@"', "sh", sys.executable, "-m", "ado_tasks", *command.split()]
     environment = {**os.environ, "ADO_SYNC": "manual", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(shell, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == StorageError.exit_code, done.stderr
     assert "Traceback" not in done.stderr
+    assert done.returncode == StorageError.exit_code, done.stderr
     for word in ["StorageError: ", *words]:
         assert word in done.stderr
     assert everything(cwd) == ["params.yaml"]
@@ -237,9 +239,18 @@ def test_a_disk_that_is_full_for_a_checkpoint(small_disk: Callable[[int], Path],
     ends_with_a_storage_error(f"train --dataset {digits} --out mine", small_disk(64), words)
 
 
-@pytest.mark.parametrize(("command", "word"), [("prepare", "mine: "), ("train --dataset {digits}", ".safetensors: ")])
-def test_files_that_may_not_grow(tmp_path: Path, digits: Path, command: str, word: str) -> None:
+@pytest.mark.skipif(not (on_cpu() and HAS_CPU_COMPILER), reason="MLX calls no compiler here")
+def test_a_disk_that_is_full_for_compiled_kernels(
+    small_disk: Callable[[int], Path], tmp_path: Path, digits: Path
+) -> None:
+    (tmp_path / "work").mkdir()
+    disk = small_disk(64)
+    words = [f"{disk}: MLX could not compile a kernel there: ", "No space left on device"]
+    before = f"export TMPDIR={shlex.quote(str(disk))} &&"
+    ends_with_a_storage_error(f"train --dataset {digits} --out mine", tmp_path / "work", words, before)
+
+
+def test_files_that_may_not_grow(tmp_path: Path) -> None:
     """A limit of some KiB on the size of a file ends a write in the same place, where nobody may mount."""
     (tmp_path / "work").mkdir()
-    command = f"{command.format(digits=digits)} --out mine"
-    ends_with_a_storage_error(command, tmp_path / "work", [word], before="ulimit -f 16 &&")
+    ends_with_a_storage_error("prepare --out mine", tmp_path / "work", ["mine: "], before="ulimit -f 16 &&")
