@@ -72,7 +72,8 @@ def measure(
     stored = read_model(teacher)
     variants = [*teacher_variants(stored), *student_variants(progressive), *calibrated_variants(stored, schedules)]
     start = _start(variants[0], config.batch_size, seed)
-    actions = {variant.name: _sampling(variant, start, config) for variant in variants}
+    samplers = {id(v.model): Sampler(v.model, config.batch_size, config.shards) for v in variants}
+    actions = {variant.name: _sampling(samplers[id(variant.model)], variant, start) for variant in variants}
     memory = {name: _peak_memory_mb(action) for name, action in actions.items()}
     seconds = interleaved(actions, config.rounds, lambda done: report.progress(done, config.rounds))
     gains = speedups(seconds, REFERENCE)
@@ -105,8 +106,7 @@ def _start(variant: Variant, count: int, seed: int) -> Draw:
     return Draw(noise, np.arange(count, dtype=np.int32) % classes if classes else None)
 
 
-def _sampling(variant: Variant, start: Draw, config: MeasureConfig) -> Callable[[], Any]:
-    sampler = Sampler(variant.model, config.batch_size, config.shards)
+def _sampling(sampler: Sampler, variant: Variant, start: Draw) -> Callable[[], Any]:
     return lambda: sampler(start, variant.method, variant.times)
 
 
