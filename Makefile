@@ -24,8 +24,9 @@ openblas:
 install: openblas $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv)  ## install into .venv what uv.lock pins
 	@$(UV) sync --locked --inexact --quiet
 
+# Records go to MLflow once, at the end: uploads in the background would take the cores from the stages.
 demo: install  ## run the whole pipeline (train, distil, calibrate, evaluate) and print the table
-	@$(RUN) dvc repro
+	@$(RUN) ADO_SYNC=manual dvc repro
 	@$(RUN) python -m ado_tasks sync
 	@$(RUN) python -m ado_tasks compare
 
@@ -36,7 +37,7 @@ preset: install  ## run the graph with params.NAME.yaml (NAME=shapes16) in .ado/
 	@test -d $(PRESET) || git clone --quiet . $(PRESET)
 	@git -C $(PRESET) fetch --quiet && git -C $(PRESET) reset --quiet --hard FETCH_HEAD
 	@cp params.$(NAME).yaml $(PRESET)/params.yaml
-	@cd $(PRESET) && $(RUN) dvc repro && $(RUN) python -m ado_tasks sync && $(RUN) python -m ado_tasks compare
+	@cd $(PRESET) && $(RUN) ADO_SYNC=manual dvc repro && $(RUN) python -m ado_tasks sync && $(RUN) python -m ado_tasks compare
 
 table:  ## print the table of the last run again
 	@$(RUN) python -m ado_tasks compare

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ado_tasks.storage import read_json
 
-WIDTH = 118  # where there is no terminal to ask
+WIDTH = 150  # characters, where no terminal says: all columns in full
 COLUMNS = {
     "variant": "variant",
     "solver": "solver",
@@ -94,7 +94,7 @@ def _print(rows: Sequence[dict[str, str]]) -> None:
         console = Console(width=WIDTH)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, title in COLUMNS.items():
-        table.add_column(title, justify="left" if name in {"variant", "solver"} else "right", no_wrap=True)
+        table.add_column(title, justify="left" if name in {"variant", "solver"} else "right", no_wrap=name == "variant")
     family = None
     for row in rows:
         if family not in {None, row["variant"].rpartition("-")[0]}:
