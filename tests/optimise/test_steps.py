@@ -1,5 +1,6 @@
 """The optimiser's step: against float64 NumPy, whole against in parts, stopped and resumed against unbroken."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,8 @@ def reference(clip: float, decay: float) -> tuple[np.ndarray, np.ndarray, list[f
         theta = [p - rate * c for p, c in zip(theta, change, strict=True)]
         keep = min(decay, (1 + index) / (10 + index))
         average = [keep * a + (1 - keep) * p for a, p in zip(average, theta, strict=True)]
-    flat = [np.concatenate([p.ravel() for p in group]) for group in (theta, average)]
+    # In a vector of all, what has an even size comes first (see Layout.of).
+    flat = [np.concatenate([group[place].ravel() for place in (2, 3, 0, 1)]) for group in (theta, average)]
     return flat[0], flat[1], losses
 
 
@@ -84,6 +86,16 @@ def test_it_is_adam_with_clipping_and_an_average(clip: float, shards: int) -> No
     assert np.allclose(np.array(step.state["parameters"]), wanted, atol=2e-6)
     assert np.allclose(np.array(step.state["average"]), average, atol=2e-6)
     assert int(step.state["step"].item()) == len(RATES)
+
+
+def test_every_parameter_begins_where_its_size_is_aligned() -> None:
+    sizes = {"a": 3, "b": 64, "c": 24, "d": 640, "e": 1, "f": 16}
+    layout = Layout.of({name: mx.zeros(size) for name, size in sizes.items()})
+    start = 0
+    for name in layout.names:
+        assert start % math.gcd(sizes[name], 64) == 0
+        start += sizes[name]
+    assert start == layout.size == sum(sizes.values())
 
 
 def test_uneven_parts_weigh_by_their_rows() -> None:
