@@ -30,7 +30,7 @@ def run_key(task: str, settings: Mapping[str, Any], inputs: Mapping[str, str], s
         seed: of the run.
     """
     parts = [task, settings, inputs, seed, code_hash(task), numeric_fingerprint()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Checkpoints:
 
     @staticmethod
     def under(scratch: Path, key: str) -> "Checkpoints":
-        """The checkpoints with this key; those of other keys are another run's and are left alone."""
-        return Checkpoints(scratch / key[:32])
+        """The checkpoints with this key, the whole of it; those of other keys are another run's and are left alone."""
+        return Checkpoints(scratch / key)
 
     def save(self, step: int, state: Mapping[str, mx.array]) -> None:
         """Keep the state after `step` steps, and the one before it."""

@@ -1,0 +1,68 @@
+"""The task `distill` as a whole: stages apart from each other, checkpoints without influence."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ado_tasks.distill import DistillConfig, distill
+from ado_tasks.prepare import PrepareConfig, prepare
+from ado_tasks.storage import load_arrays, read_json
+from ado_tasks.train import TrainConfig, train
+
+MODEL = {
+    "block_out_channels": [8],
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "add_attention": False,
+}
+STAGES = (4, 2, 1)
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    prepare(PrepareConfig(name="digits", source="digits"), out=folder / "data", seed=0)
+    config = TrainConfig(model=MODEL, steps=150, batch_size=32, warmup_steps=10)
+    train(config, dataset=folder / "data", out=folder / "teacher", scratch=folder / "scratch", seed=0)
+    for name, every in (("often", 15), ("never", 1000)):
+        config = DistillConfig(
+            teacher_steps=8, student_steps=STAGES, stage_steps=STEPS, batch_size=32, checkpoint_every=every
+        )
+        distill(
+            config, teacher=folder / "teacher", dataset=folder / "data", out=folder / name,
+            scratch=folder / "scratch", seed=0,
+        )  # fmt: skip
+    return folder
+
+
+def weights(folder: Path, student: str, steps: int) -> dict[str, np.ndarray]:
+    arrays = load_arrays(folder / student / str(steps) / "unet" / "diffusion_pytorch_model.safetensors")
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("steps", STAGES)
+def test_checkpoints_change_nothing(taught: Path, steps: int) -> None:
+    often, never = weights(taught, "often", steps), weights(taught, "never", steps)
+    for name, array in never.items():
+        np.testing.assert_array_equal(often[name], array, err_msg=name)
+
+
+def test_each_stage_starts_from_its_first_step_and_has_losses_of_its_own(taught: Path) -> None:
+    curves = read_json(taught / "often" / "curves.json")
+    assert list(curves) == [f"{steps} steps" for steps in STAGES]
+    starts = [tuple(curve[0]) for curve in curves.values()]
+    assert {step for step, _ in starts} == {15}  # losses are noted at each checkpoint
+    assert len({loss for _, loss in starts}) == len(STAGES)
+
+
+def test_each_student_is_another_network(taught: Path) -> None:
+    first, *others = (weights(taught, "often", steps) for steps in STAGES)
+    assert all(np.abs(first["conv_in.weight"] - other["conv_in.weight"]).max() > 0 for other in others)
+
+
+def test_nothing_is_left_of_finished_runs(taught: Path) -> None:
+    assert list((taught / "scratch").rglob("*.safetensors")) == []
