@@ -53,7 +53,7 @@ def anchor(
     """Freeze the margin of non-inferiority: a tenth of what the teacher loses at 4 instead of 50 DDIM steps.
 
     All on the selection part and its own noise. `out/anchor.json` holds the margin, the KIDs and an A/A check;
-    `out/teacher.safetensors` the features of the teacher's samples, which choices among students reuse.
+    `out/teacher.safetensors` the whitened features of the teacher's samples, which choices among students reuse.
 
     Args:
         config: see AnchorConfig.
@@ -73,8 +73,9 @@ def anchor(
     start = draw(seed, SELECTION, config.n_generated, part)
     fine = sampler(start, "ddim", grids.uniform_time(config.steps), report=report)
     coarse = sampler(start, "ddim", grids.uniform_time(config.coarse_steps))
-    real = extractor.features(part.batch(np.arange(len(part))))
-    of_fine, of_coarse = extractor.features(fine), extractor.features(coarse)
+    real, of_fine, of_coarse = (
+        extractor.whitened(extractor.features(images)) for images in (part.batch(np.arange(len(part))), fine, coarse)
+    )
     reference = real_sums(real)
     kid_fine, kid_coarse = (kid_from_sums(kernel_sums(x, real), reference) for x in (of_fine, of_coarse))
     limit = margin(kid_coarse - kid_fine)

@@ -43,6 +43,7 @@ class DistillConfig:
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # at the start of each stage; falls to 0 in each
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest global norm of a gradient (Salimans & Ho 2022, table 5)
     loss: Literal["truncated_snr", "v"] = "truncated_snr"  # weight on ‖x̂ − x̃‖² (Salimans & Ho 2022, §4)
+    charbonnier: Annotated[float, Field(ge=0)] = 0.0  # c of √(w‖·‖² + c²) − c, a pixel; 0: the paper's squared error
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
     checkpoint_every: Annotated[int, Field(ge=1)] = 250  # steps
 
@@ -182,12 +183,15 @@ class Stage:
         return sharded_apply(walk, self.config.shards)
 
     def loss(self, student: UNet2D) -> Callable[[Any, Mapping[str, mx.array]], mx.array]:
-        """The stage's loss: mean over a batch of w(λ_t) ‖x̂(z_t) − x̃‖²."""
+        """The stage's loss: mean over a batch of w(λ_t) ‖x̂(z_t) − x̃‖², or of Charbonnier's distance."""
+        c = self.config.charbonnier
 
         def loss(parameters: Any, batch: Mapping[str, mx.array]) -> mx.array:
             student.update(parameters)
             labels = [batch["labels"]] if "labels" in batch else []
             x_hat = self.denoiser(student, labels)(batch["z"], batch["t"])
+            if c:
+                return mx.mean(losses.weighted_charbonnier_error(x_hat, batch["target"], batch["weight"], c))
             return mx.mean(losses.weighted_squared_error(x_hat, batch["target"], batch["weight"]))
 
         return loss

@@ -173,12 +173,13 @@ def _choose(
 ) -> tuple[str, list[dict[str, Any]]]:  # fmt: skip
     """The first variant, cheapest first, that is non-inferior on the selection part and its noise; else the teacher."""
     part = data.split("selection")
-    real = extractor.features(part.batch(np.arange(len(part))))
+    real = extractor.whitened(extractor.features(part.batch(np.arange(len(part)))))
     teacher = np.array(load_arrays(anchor / "teacher.safetensors")["features"])
     start = draw(seed, SELECTION, len(teacher), part)
     reasons = []
     for variant in sorted((v for v in variants if v.family != "teacher"), key=lambda v: v.nfe):
-        interval = kid_difference(extractor.features(samplers(variant, start)), teacher, real)
+        found = extractor.whitened(extractor.features(samplers(variant, start)))
+        interval = kid_difference(found, teacher, real)
         passed = non_inferior(interval, limit)
         reasons.append({"name": variant.name, "upper_end": interval.high, "margin": limit, "non_inferior": passed})
         if passed:

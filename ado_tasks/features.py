@@ -12,6 +12,7 @@ from ado_tasks.backend import mx
 from ado_tasks.config import config
 from ado_tasks.datasets.shards import Dataset, Split, open_dataset
 from ado_tasks.errors import DivergenceError
+from ado_tasks.metrics.whitening import whitening
 from ado_tasks.models import classifier
 from ado_tasks.models.classifier import Architecture, FeatureExtractor, Judge, Weights, load_features, load_judge
 from ado_tasks.report import SILENT, Reporter
@@ -55,9 +56,10 @@ def features(
     """Train the feature network and the judge, and write both with their record.
 
     The features are the penultimate layer of the first network (before its ReLU), each dimension standardised with its
-    mean and standard deviation over the train part. The judge has another architecture and another initialisation. A
-    dataset without classes (or with one) has no judge; its feature network learns to tell four orientations apart
-    (after RotNet, Gidaris et al. 2018), and the record says `"task": "orientation"`.
+    mean and standard deviation over the train part; what whitens them, for KID, is stored beside. The judge has another
+    architecture and another initialisation. A dataset without classes (or with one) has no judge; its feature network
+    learns to tell four orientations apart (after RotNet, Gidaris et al. 2018), and the record says
+    `"task": "orientation"`.
 
     Args:
         config: see FeaturesConfig.
@@ -79,10 +81,13 @@ def features(
     with atomic_folder(out) as folder:
         raw = _over(data.split("train"), classifier.penultimate, feature_arch, weights)
         std = np.where(raw.std(axis=0) > 0, raw.std(axis=0), 1)  # a dimension that never moves stays at 0
-        standardise = {"standardise.mean": mx.array(raw.mean(axis=0)), "standardise.std": mx.array(std)}
+        figures = {"mean": raw.mean(axis=0), "std": std, "whitening": whitening((raw - raw.mean(axis=0)) / std)}
+        standardise = {f"standardise.{name}": mx.array(value) for name, value in figures.items()}
         save_arrays(folder / classifier.FEATURE_NET, {**weights, **standardise})
         record["feature_net"] = _record(folder / classifier.FEATURE_NET, data, feature_arch, weights, task)
-        record["feature_net"]["features"] = "penultimate layer before ReLU; (x - mean) / std of the train part"
+        record["feature_net"]["features"] = (
+            "penultimate layer before ReLU; (x - mean) / std of the train part; for KID whitened"
+        )
         record["judge_net"] = None
         if classes:
             judge_arch = _architecture(config, data, "patched", data.num_classes)

@@ -53,3 +53,13 @@ def weight(name: str) -> Weight:
 def weighted_squared_error(x_hat: mx.array, x: mx.array, weights: mx.array) -> mx.array:
     """The weighted mean over an image of (x̂ − x)²: (B, …), (B, …), (B,) → (B,)."""
     return weights * mx.mean(mx.square(x_hat - x).reshape(x.shape[0], -1), axis=1)
+
+
+def weighted_charbonnier_error(x_hat: mx.array, x: mx.array, weights: mx.array, c: float) -> mx.array:
+    """The mean over an image of √(w (x̂ − x)² + c²) − c: (B, …), (B, …), (B,) → (B,).
+
+    Charbonnier et al. 1994: squared near 0, absolute beyond c, so that the few images which a student cannot place do
+    not decide for all (as Song & Dhariwal 2024, §3.3, for consistency models; there of a whole image's norm).
+    """
+    scaled = weights.reshape(-1, *[1] * (x.ndim - 1)) * mx.square(x_hat - x)
+    return mx.mean((mx.sqrt(scaled + c * c) - c).reshape(x.shape[0], -1), axis=1)

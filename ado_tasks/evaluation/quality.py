@@ -83,7 +83,15 @@ class Yardstick:
     @cached_property
     def real_sums(self) -> Any:
         """Gram sums within the reference."""
-        return real_sums(self.reference.report)
+        return real_sums(self._white_report)
+
+    @cached_property
+    def _white_report(self) -> Features:
+        return self.extractor.whitened(self.reference.report)
+
+    def kernel_sums(self, features: Features) -> KernelSums:
+        """Gram sums of a variant's features, and between them and the reference: of whitened ones."""
+        return kernel_sums(self.extractor.whitened(features), self._white_report)
 
     @cached_property
     def random(self) -> tuple[Features, Features, Any]:
@@ -125,7 +133,7 @@ class Base:
 
 def base_of(yardstick: Yardstick, teacher: Images, fine: Images) -> Base:
     """From the reference teacher's samples, and the fine solution of the first of them."""
-    sums = kernel_sums(yardstick.features(teacher), yardstick.reference.report)
+    sums = yardstick.kernel_sums(yardstick.features(teacher))
     return Base(sums, fine, yardstick.features(fine))
 
 
@@ -133,7 +141,7 @@ def score(yardstick: Yardstick, images: Images, start: Draw, base: Base) -> Scor
     """Every score of one variant's samples, drawn from `start`: the same noise as the base's."""
     reference = yardstick.reference
     found = yardstick.features(images)
-    sums = kernel_sums(found, reference.report)
+    sums = yardstick.kernel_sums(found)
     difference = difference_from_sums(sums, base.sums)
     beyond = yardstick.excess(found)
     count = len(base.fine)

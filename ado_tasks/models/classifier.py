@@ -80,6 +80,7 @@ class FeatureExtractor:
     weights: Weights
     mean: np.ndarray  # float32 (d,), over the train part
     std: np.ndarray  # float32 (d,)
+    whitening: np.ndarray  # float32 (d, d): see metrics/whitening.py; of the train part's standardised features
     sha256: str  # of the file that holds all of it; quoted in every report that uses the features
 
     def features(self, images: np.ndarray | mx.array) -> np.ndarray:
@@ -97,6 +98,10 @@ class FeatureExtractor:
         raw = run_batched(penultimate, self.architecture, self.weights, images)
         return (raw - self.mean) / self.std
 
+    def whitened(self, features: np.ndarray) -> np.ndarray:
+        """Features as the kernel of KID takes them: (n, d) of `features` to (n, d) whitened ones."""
+        return features @ self.whitening
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -113,25 +118,25 @@ class Judge:
 
 def load_features(folder: Path) -> FeatureExtractor:
     """The feature network in a folder that `features` made. Raises ArtifactError where it is damaged."""
-    arch, weights, sha256 = _load(folder, "feature_net", FEATURE_NET, {"standardise.mean", "standardise.std"})
-    mean, std = (np.array(weights.pop(f"standardise.{name}")) for name in ("mean", "std"))
-    if mean.shape != (arch.dimensions,) or std.shape != (arch.dimensions,):
-        raise ArtifactError(f"{folder / FEATURE_NET}: {arch.dimensions} figures to standardise with expected")
-    return FeatureExtractor(arch, weights, mean, std, sha256)
+    arch, weights, sha256 = _load(folder, "feature_net", FEATURE_NET, ("mean", "std", "whitening"))
+    mean, std, whitening = (np.array(weights.pop(f"standardise.{name}")) for name in ("mean", "std", "whitening"))
+    return FeatureExtractor(arch, weights, mean, std, whitening, sha256)
 
 
 def load_judge(folder: Path) -> Judge:
     """The judge in a folder that `features` made. Raises ArtifactError where it is damaged, or there is none."""
-    return Judge(*_load(folder, "judge_net", JUDGE_NET, set()))
+    return Judge(*_load(folder, "judge_net", JUDGE_NET, ()))
 
 
-def _load(folder: Path, section: str, file: str, further: set[str]) -> tuple[Architecture, Weights, str]:
+def _load(folder: Path, section: str, file: str, figures: tuple[str, ...]) -> tuple[Architecture, Weights, str]:
     stored = read_json(folder / CONFIG)
     try:
         if stored[section] is None:
             raise ArtifactError(f"{folder}: there is no {section}: the dataset has no classes to judge")
         arch, expected = Architecture(**stored[section]["architecture"]), stored[section]["sha256"]
-        wanted = {**expected_shapes(arch), **dict.fromkeys(further, (arch.dimensions,))}
+        wanted = expected_shapes(arch)
+        for name in figures:
+            wanted[f"standardise.{name}"] = (arch.dimensions,) * (2 if name == "whitening" else 1)
     except (KeyError, TypeError, ValueError) as problem:
         kind = type(problem).__name__
         raise ArtifactError(f"{folder / CONFIG}: not a record of networks ({kind}: {problem})") from None

@@ -49,6 +49,19 @@ def test_error_is_per_sample_and_per_pixel():
     assert losses.weighted_squared_error(x_hat, x, mx.array([1.0, 3.0])).tolist() == [1, 12]
 
 
+def test_charbonnier_is_squared_near_0_and_absolute_far_away():
+    x, weights, c = mx.zeros((2, 3, 3, 1)), mx.array([1.0, 4.0]), 0.1
+    small, large = (losses.weighted_charbonnier_error(x + error, x, weights, c) for error in (1e-3, 1e3))
+    np.testing.assert_allclose(np.array(small), [1e-6 / (2 * c), 4e-6 / (2 * c)], rtol=1e-2)
+    np.testing.assert_allclose(np.array(large), [1e3 - c, 2e3 - c], rtol=1e-5)
+
+
+def test_charbonnier_has_a_finite_gradient_where_nothing_is_wrong():
+    x = mx.ones((1, 2, 2, 1))
+    slope = mx.grad(lambda y: mx.sum(losses.weighted_charbonnier_error(y, x, mx.array([2.0]), 0.03)))(x)
+    np.testing.assert_array_equal(np.array(slope), 0)
+
+
 def test_unknown_weight_is_refused_by_name():
     with pytest.raises(ConfigError, match="loss: 'huber'"):
         losses.weight("huber")
