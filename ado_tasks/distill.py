@@ -30,6 +30,9 @@ from ado_tasks.pictures import save_curves
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.storage import atomic_folder, sha256_tree, write_json
 
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+
 
 @config
 class DistillConfig:
@@ -38,9 +41,9 @@ class DistillConfig:
     teacher_steps: Annotated[int, Field(ge=2)] = 32  # steps of the teacher that the first student replaces
     teacher_solver: WalkSolver = "ddim"  # of those steps; later teachers are students, and take DDIM's
     student_steps: tuple[Annotated[int, Field(ge=1)], ...] = (8, 4, 2, 1)  # one stage each; each divides the one before
-    stage_steps: Annotated[int, Field(ge=1)] = 500  # optimiser steps a stage
+    stage_steps: Count | tuple[Count, ...] = 500  # optimiser steps of each stage: one number, or one a stage
     batch_size: Annotated[int, Field(ge=1)] = 64  # images a step
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # at the start of each stage; falls to 0 in each
+    learning_rate: Rate | tuple[Rate, ...] = 1e-3  # at the start of each stage, falls to 0 in each; or one a stage
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest global norm of a gradient (Salimans & Ho 2022, table 5)
     loss: Literal["truncated_snr", "v"] = "truncated_snr"  # weight on ‖x̂ − x̃‖² (Salimans & Ho 2022, §4)
     charbonnier: Annotated[float, Field(ge=0)] = 0.0  # c of √(w‖·‖² + c²) − c, a pixel; 0: the paper's squared error
@@ -56,7 +59,21 @@ class DistillConfig:
                 )
         if not self.student_steps:
             raise ValueError("student_steps: at least one stage is required")
+        for name in ("stage_steps", "learning_rate"):
+            given = getattr(self, name)
+            if isinstance(given, tuple) and len(given) != len(self.student_steps):
+                raise ValueError(
+                    f"{name}: {len(given)} given for {len(self.student_steps)} stages; one number, or one each"
+                )
         return self
+
+    def steps_of(self, stage: int) -> int:
+        """Optimiser steps of a stage."""
+        return self.stage_steps[stage] if isinstance(self.stage_steps, tuple) else self.stage_steps
+
+    def rate_of(self, stage: int) -> float:
+        """Learning rate at the start of a stage."""
+        return self.learning_rate[stage] if isinstance(self.learning_rate, tuple) else self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -141,29 +158,29 @@ class Stage:
         self, unet: UNet2D, teacher: Any, part: Split, checkpoints: Checkpoints, report: Reporter
     ) -> tuple[Any, Curve]:
         """Teach a student that starts from its teacher's weights; returns its weights and the loss curve."""
-        steps = self.config.stage_steps
+        steps = [self.config.steps_of(stage) for stage in range(len(self.config.student_steps))]
         frozen = UNet2D(unet.config)
         frozen.update(teacher)
         targets = self.targets(frozen)
         step = TrainStep(self.loss(unet), teacher, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
         loop = Loop(
             name=f"distill_{self.interval.student_steps}",
-            steps=steps,
+            steps=steps[self.number],
             batch_of=lambda index: self.batch(part, targets, index),
             learning_rate_of=self.learning_rate_at,
             checkpoints=checkpoints,
             checkpoint_every=self.config.checkpoint_every,
             report=report,
-            report_offset=self.number * steps,
-            report_total=len(self.config.student_steps) * steps,
+            report_offset=sum(steps[: self.number]),
+            report_total=sum(steps),
         )
         curve = loop.run(step)["training"]
         return step.parameters(), curve
 
     def learning_rate_at(self, step: int) -> float:
         """Linear to 0 within the stage (Salimans & Ho 2022, appendix): exactly 0 at its last step."""
-        last = self.config.stage_steps - 1
-        return self.config.learning_rate * (1 - step / last) if last else self.config.learning_rate
+        last, rate = self.config.steps_of(self.number) - 1, self.config.rate_of(self.number)
+        return rate * (1 - step / last) if last else rate
 
     def denoiser(self, unet: UNet2D, labels: Sequence[mx.array]) -> Denoiser:
         """A network as a denoiser, with its labels (none or one array of them) bound."""

@@ -29,7 +29,7 @@ REPORT, SELECTION = "report", "selection"  # names of draws: nothing is ever cho
 # teacher) than 500 steps of DDIM (1.3e-6), at a fifth of the evaluations: so more noises can be compared.
 FINE_STEPS, FINE_SOLVER = 100, "dpmpp_2m"
 PICTURED = 20  # samples a row
-COMPARED = 256  # samples, at most, on which grids are compared one by one
+COMPARED = 512  # samples, at most, on which grids are compared one by one
 
 
 @config

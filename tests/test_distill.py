@@ -5,7 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ado_tasks.distill import DistillConfig, distill
+from ado_tasks.config import parse
+from ado_tasks.diffusion.schedules import Cosine
+from ado_tasks.distill import DistillConfig, Stage, distill
+from ado_tasks.errors import ConfigError
+from ado_tasks.optimise.progressive import Interval
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.storage import load_arrays, read_json
 from ado_tasks.train import TrainConfig, train
@@ -66,3 +70,22 @@ def test_each_student_is_another_network(taught: Path) -> None:
 
 def test_nothing_is_left_of_finished_runs(taught: Path) -> None:
     assert list((taught / "scratch").rglob("*.safetensors")) == []
+
+
+def test_the_learning_rate_starts_anew_and_reaches_0_in_each_stage() -> None:
+    values = {"student_steps": [4, 2, 1], "stage_steps": [10, 20, 1], "learning_rate": [1e-3, 2e-3, 3e-3]}
+    config = parse(DistillConfig, values, "distill.progressive")
+    rates = []
+    for number, steps in enumerate(config.student_steps):
+        stage = Stage(config, number, Interval(steps, 2), Cosine(), "v_prediction", 0)
+        rates.append([stage.learning_rate_at(step) for step in range(config.steps_of(number))])
+    assert [len(each) for each in rates] == [10, 20, 1]
+    assert [each[0] for each in rates] == [1e-3, 2e-3, 3e-3]
+    assert [each[-1] for each in rates[:2]] == [0, 0]
+    assert all(np.all(np.diff(each) < 0) for each in rates)
+
+
+@pytest.mark.parametrize("key", ["stage_steps", "learning_rate"])
+def test_as_many_values_as_stages_are_wanted(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: 2 given for 4 stages"):
+        parse(DistillConfig, {key: [0.5, 0.5] if key == "learning_rate" else [5, 5]}, "distill.progressive")
