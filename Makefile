@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Bytecode is kept: without it every stage compiles its libraries anew (4 s).
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help demo test install openblas lint format bench bars mlflow table clean lock parity preset
+.PHONY: help demo test install install-all openblas lint format bench bars mlflow table clean lock parity preset
 
 UV_VERSION := 0.13.9
 # An existing uv is used; otherwise one is put into .uv/, from PyPI: nothing outside this folder changes.
@@ -24,6 +24,9 @@ openblas:
 install: openblas $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv)  ## install into .venv what uv.lock pins
 	@$(UV) sync --locked --inexact --quiet
 
+install-all: install  ## install what Airflow's side needs as well
+	@$(UV) sync --locked --inexact --quiet --group orchestration
+
 # Records go to MLflow once, at the end: uploads in the background would take the cores from the stages.
 demo: install  ## run the whole pipeline (train, distil, calibrate, evaluate) and print the table
 	@$(RUN) ADO_SYNC=manual dvc repro
@@ -42,10 +45,10 @@ preset: install  ## run the graph with params.NAME.yaml (NAME=shapes16) in .ado/
 table:  ## print the table of the last run again
 	@$(RUN) python -m ado_tasks compare
 
-test: install  ## run the tests
+test: install-all  ## run the tests
 	@$(RUN) python -m pytest -m "not bars"
 
-lint: install  ## linters, types, layers
+lint: install-all  ## linters, types, layers
 	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) pyright && $(RUN) lint-imports
 
 format: install  ## rewrite the code in the house format
