@@ -30,8 +30,19 @@ class Endpoints:
     airflow_host: str
     airflow_port: int
     airflow_url: str  # how workers and links reach Airflow
+    mlflow_port: int  # where an embedded MLflow server listens, on loopback
     registered_model: str
     worker_queue: str | None  # None: stages run on the machine that Airflow runs on
+
+    @property
+    def serves_mlflow(self) -> bool:
+        """Whether `make airflow` starts an MLflow server of its own: nobody named one."""
+        return not self.mlflow_uri.startswith(("http://", "https://"))
+
+    @property
+    def mlflow_url(self) -> str:
+        """Where people see the recorded runs."""
+        return f"http://127.0.0.1:{self.mlflow_port}" if self.serves_mlflow else self.mlflow_uri.rstrip("/")
 
     @property
     def on_loopback(self) -> bool:
@@ -52,7 +63,7 @@ def endpoints(environ: Mapping[str, str] | None = None, root: Path | None = None
     given = {name: value for name, value in (os.environ if environ is None else environ).items() if value.strip()}
     home = (Path.cwd() if root is None else root).absolute()
     host = given.get("ADO_AIRFLOW_HOST", "127.0.0.1")
-    port = _port(given.get("ADO_AIRFLOW_PORT", "8080"))
+    port = _port("ADO_AIRFLOW_PORT", given.get("ADO_AIRFLOW_PORT", "8080"))
     airflow_url = _web_address("ADO_AIRFLOW_URL", given.get("ADO_AIRFLOW_URL")) or _own_address(host, port)
     return Endpoints(
         mlflow_uri=given.get("MLFLOW_TRACKING_URI", f"sqlite:///{home / '.ado' / 'mlflow.db'}"),
@@ -65,6 +76,7 @@ def endpoints(environ: Mapping[str, str] | None = None, root: Path | None = None
         airflow_host=host,
         airflow_port=port,
         airflow_url=airflow_url.rstrip("/"),
+        mlflow_port=_port("ADO_MLFLOW_PORT", given.get("ADO_MLFLOW_PORT", "5000")),
         registered_model=given.get("ADO_MODEL", "ado"),
         worker_queue=given.get("ADO_WORKER_QUEUE"),
     )
@@ -94,9 +106,9 @@ def _own_address(host: str, port: int) -> str:
     return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
 
 
-def _port(text: str) -> int:
+def _port(name: str, text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise ConfigError(f"ADO_AIRFLOW_PORT: {text!r} is not allowed: a port is a whole number from 1 to 65535")
+        raise ConfigError(f"{name}: {text!r} is not allowed: a port is a whole number from 1 to 65535")
     return int(text)
 
 

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+
 from ado_tasks.endpoints import endpoints, read_env_file
 from ado_tasks.errors import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "ado.env.example"
 # Read by boto3 and by the launcher, not by `endpoints`.
-OTHERS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "ADO_AIRFLOW_SECRET"}
+OTHERS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "ADO_AIRFLOW_SECRET", "ADO_WORKER_NAME"}
 
 
 def test_nothing_set_means_everything_is_in_this_folder(tmp_path):
@@ -40,6 +41,9 @@ def test_an_empty_value_is_the_default(tmp_path):
         ("ADO_AIRFLOW_PORT", "9000", "airflow_port", 9000),
         ("ADO_AIRFLOW_URL", "https://airflow.example/", "airflow_url", "https://airflow.example"),
         ("ADO_WORKER_QUEUE", "apple-silicon", "worker_queue", "apple-silicon"),
+        ("ADO_MLFLOW_PORT", "5001", "mlflow_url", "http://127.0.0.1:5001"),
+        ("MLFLOW_TRACKING_URI", "http://mlflow:5000/", "mlflow_url", "http://mlflow:5000"),
+        ("MLFLOW_TRACKING_URI", "http://mlflow:5000", "serves_mlflow", False),
         ("ADO_MODEL", "faces", "registered_model", "faces"),
     ],
 )
@@ -50,7 +54,12 @@ def test_each_variable_reaches_its_field_and_is_documented(name, value, field, e
 
 def test_the_documented_page_lists_nothing_that_has_no_effect(tmp_path):
     plain = endpoints({}, tmp_path)
-    special = {"ADO_AIRFLOW_PORT": "81", "AWS_ENDPOINT_URL": "http://x", "ADO_AIRFLOW_URL": "http://x"}
+    special = {
+        "ADO_AIRFLOW_PORT": "81",
+        "ADO_MLFLOW_PORT": "81",
+        "AWS_ENDPOINT_URL": "http://x",
+        "ADO_AIRFLOW_URL": "http://x",
+    }
     for name in set(read_env_file(EXAMPLE)) - OTHERS:
         assert endpoints({name: special.get(name, "x")}, tmp_path) != plain, name
 

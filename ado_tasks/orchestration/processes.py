@@ -1,0 +1,138 @@
+"""Processes that are started together and stopped together, with all that they started themselves.
+
+Every process carries a mark in its environment, which its children inherit, whatever session they move to and whoever
+dies between them. So nothing that was started here outlives `stop`, and what a killed launcher left is found again.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from ado_tasks.errors import AdoError, StorageError
+
+MARK = "ADO_LAUNCH"
+_TAIL_LINES = 20
+
+
+class LaunchError(AdoError):
+    """A server could not be started: its port is taken, it died, or it did not answer in time."""
+
+    exit_code = 9
+
+
+@dataclass
+class Group:
+    """Processes that share a mark. `mark` is what tells this group from any other on the machine: its home folder."""
+
+    mark: str
+    logs: Path
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Start one process in a session of its own: a terminal's Ctrl-C reaches the launcher only."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with self.log(name).open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                list(command), env={**environ, MARK: self.mark}, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def log(self, name: str) -> Path:
+        """Where a process writes."""
+        return self.logs / f"{name}.log"
+
+    def check(self) -> None:
+        """Raise LaunchError, with the end of its log, where a process has ended by itself."""
+        for name, process in self.processes.items():
+            if process.poll() is not None:
+                raise LaunchError(
+                    f"{name} ended with status {process.returncode}; the end of {self.log(name)}:\n{self.tail(name)}"
+                )
+
+    def tail(self, name: str) -> str:
+        """The last lines that a process wrote."""
+        try:
+            lines = self.log(name).read_text(errors="replace").splitlines()
+        except OSError as problem:
+            return f"({problem.strerror})"
+        return "\n".join(lines[-_TAIL_LINES:])
+
+    def wait_for(self, name: str, ready: Callable[[], bool], patience_s: float) -> float:
+        """Wait until `ready()`; returns the seconds it took. Raises LaunchError when a process dies or time is up."""
+        began = time.monotonic()
+        while not ready():
+            self.check()
+            if time.monotonic() - began > patience_s:
+                raise LaunchError(f"{name} is not ready after {patience_s:.0f} s; see {self.log(name)}")
+            time.sleep(0.3)
+        return time.monotonic() - began
+
+    def stop(self, grace_s: float = 20.0) -> None:
+        """End every process that carries the mark: SIGTERM, and SIGKILL for what is left after `grace_s`.
+
+        Work is told first, servers after it, so that a stage has the time to write its checkpoint. A further SIGTERM
+        follows for those that were born meanwhile.
+        """
+        deadline = time.monotonic() + grace_s
+        told: set[int] = set()
+        while alive := list(marked(self.mark)):
+            for process in reversed(alive):
+                late = time.monotonic() > deadline
+                if late or process.pid not in told:
+                    told.add(process.pid)
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(signal.SIGKILL if late else signal.SIGTERM)
+            for process in self.processes.values():
+                process.poll()
+            time.sleep(0.2)
+
+
+def marked(mark: str) -> Iterator[psutil.Process]:
+    """Every live process that carries the mark, oldest first; this one is never among them."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            if process.pid != os.getpid() and alive and process.environ().get(MARK) == mark:
+                found.append(process)
+    return iter(sorted(found, key=lambda process: process.create_time()))
+
+
+def refuse_taken_port(host: str, port: int, variable: str) -> None:
+    """Raise LaunchError where something listens on host:port already, or it cannot be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as problem:
+            raise LaunchError(
+                f"{host}:{port} cannot be listened on ({problem.strerror}); set {variable} to a free one"
+            ) from None
+
+
+def hold_lock(path: Path) -> int:
+    """Lock a file for the life of this process; raises LaunchError where another one holds it."""
+    import fcntl  # noqa: PLC0415
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as problem:
+        raise StorageError(f"{path}: {problem.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 20).decode(errors="replace").strip() or "another process"
+        raise LaunchError(f"it runs already, started by process {holder} (lock: {path})") from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    return handle
