@@ -23,6 +23,7 @@ openblas:
 
 install: openblas $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv)  ## install into .venv what uv.lock pins
 	@$(UV) sync --locked --inexact --quiet
+	@bash docker/precompile-mlx-header.sh .venv/bin/python
 
 install-all: install  ## install what Airflow's side needs as well
 	@$(UV) sync --locked --inexact --quiet --group orchestration
