@@ -103,7 +103,7 @@ def run_worker(places: Endpoints, root: Path, environ: Mapping[str, str]) -> Non
 def _new_group(name: str, home: Path) -> Group:
     hold_lock(home / "launch.lock")
     group = Group(mark=str(home), logs=home / "parts")
-    if left := list(marked(group.mark)):
+    if left := marked(group.mark):
         print(f"{len(left)} processes of a killed `make {name}` are ended first", flush=True)
         group.stop()
     return group

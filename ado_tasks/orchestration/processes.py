@@ -2,6 +2,7 @@
 
 Every process carries a mark in its environment, which its children inherit, whatever session they move to and whoever
 dies between them. So nothing that was started here outlives `stop`, and what a killed launcher left is found again.
+(Airflow retitles its processes, which on Linux overwrites the environment that others can read; SPT_NOENV forbids that.)
 """
 
 import os
@@ -9,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class Group:
         self.logs.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                list(command), env={**environ, MARK: self.mark}, stdin=subprocess.DEVNULL, stdout=log,
+                list(command), env={**environ, MARK: self.mark, "SPT_NOENV": "1"}, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
@@ -79,11 +80,12 @@ class Group:
         """End every process that carries the mark: SIGTERM, and SIGKILL for what is left after `grace_s`.
 
         Work is told first, servers after it, so that a stage has the time to write its checkpoint. A further SIGTERM
-        follows for those that were born meanwhile.
+        follows for those that were born meanwhile. They are found by the mark, and by the sessions that were started here.
         """
         deadline = time.monotonic() + grace_s
         told: set[int] = set()
-        while alive := list(marked(self.mark)):
+        sessions = {process.pid for process in self.processes.values()}
+        while alive := marked(self.mark, sessions):
             for process in reversed(alive):
                 late = time.monotonic() > deadline
                 if late or process.pid not in told:
@@ -95,15 +97,16 @@ class Group:
             time.sleep(0.2)
 
 
-def marked(mark: str) -> Iterator[psutil.Process]:
-    """Every live process that carries the mark, oldest first; this one is never among them."""
+def marked(mark: str, sessions: Collection[int] = ()) -> list[psutil.Process]:
+    """Every live process that carries the mark or is of one of the sessions, oldest first; never this one itself."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            if process.pid != os.getpid() and alive and process.environ().get(MARK) == mark:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if os.getsid(process.pid) in sessions or process.environ().get(MARK) == mark:
                 found.append(process)
-    return iter(sorted(found, key=lambda process: process.create_time()))
+    return sorted(found, key=lambda process: process.create_time())
 
 
 def refuse_taken_port(host: str, port: int, variable: str) -> None:
