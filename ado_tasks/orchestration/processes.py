@@ -2,7 +2,7 @@
 
 Every process carries a mark in its environment, which its children inherit, whatever session they move to and whoever
 dies between them. So nothing that was started here outlives `stop`, and what a killed launcher left is found again.
-(Airflow retitles its processes, which on Linux overwrites the environment that others can read; SPT_NOENV forbids that.)
+(Airflow retitles its processes; on Linux that overwrites the environment that others can read, which SPT_NOENV forbids.)
 """
 
 import os
@@ -80,7 +80,7 @@ class Group:
         """End every process that carries the mark: SIGTERM, and SIGKILL for what is left after `grace_s`.
 
         Work is told first, servers after it, so that a stage has the time to write its checkpoint. A further SIGTERM
-        follows for those that were born meanwhile. They are found by the mark, and by the sessions that were started here.
+        follows for those that were born meanwhile. They are found by the mark, and by the sessions started here.
         """
         deadline = time.monotonic() + grace_s
         told: set[int] = set()
