@@ -2,7 +2,7 @@
 
 Every process carries a mark in its environment, which its children inherit, whatever session they move to and whoever
 dies between them. So nothing that was started here outlives `stop`, and what a killed launcher left is found again.
-(Airflow retitles its processes; on Linux that overwrites the environment that others can read, which SPT_NOENV forbids.)
+(Airflow retitles its processes; on Linux that overwrites the environment others can read, which SPT_NOENV forbids.)
 """
 
 import os
@@ -76,7 +76,7 @@ class Group:
             time.sleep(0.3)
         return time.monotonic() - began
 
-    def stop(self, grace_s: float = 20.0) -> None:
+    def stop(self, grace_s: float = 10.0) -> None:
         """End every process that carries the mark: SIGTERM, and SIGKILL for what is left after `grace_s`.
 
         Work is told first, servers after it, so that a stage has the time to write its checkpoint. A further SIGTERM
