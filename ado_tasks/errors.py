@@ -47,3 +47,15 @@ class HardwareError(AdoError):
     """A measured task was asked for another machine's figures."""
 
     exit_code = 8
+
+
+class RegistryError(AdoError):
+    """MLflow could not be reached, or answered with an error, after retries with back-off."""
+
+    exit_code = 9
+
+
+class PromotionError(AdoError):
+    """A version may not become the champion: refused, judged against another champion, or not what was judged."""
+
+    exit_code = 10
