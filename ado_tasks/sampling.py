@@ -35,6 +35,13 @@ class Draw:
         """The first `count` of them."""
         return Draw(self.noise[:count], None if self.labels is None else self.labels[:count])
 
+    def begins(self, other: "Draw") -> bool:
+        """Whether this is `other`, or its beginning."""
+        same = np.array_equal(self.noise, other.noise[: len(self)])
+        if self.labels is None or other.labels is None:
+            return same and self.labels is other.labels
+        return same and np.array_equal(self.labels, other.labels[: len(self)])
+
 
 def draw(seed: int, purpose: str, count: int, part: Split) -> Draw:
     """Noise and labels by name of purpose: "selection" and "report" never share a draw.

@@ -1,30 +1,32 @@
 """Do learned knots beat the usual grids? Paired, on noise that the knots were not chosen on, with Holm's correction."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ado_tasks.interop.diffusers_folder import StoredModel
+from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.metrics.paired import holm, paired_distance, paired_less
-from ado_tasks.sampling import Draw, Images, Sampler
-from ado_tasks.variants import BASELINE_GRIDS, baseline_grid, read_knots, schedule_of
+from ado_tasks.sampling import Images
+from ado_tasks.variants import BASELINE_GRIDS, baseline_grid, read_knots
 
 
 def compare_grids(
-    sampler: Sampler, model: StoredModel, schedules: Path, start: Draw, fine: Images
+    sample: Callable[[str, np.ndarray], Images], schedule: NoiseSchedule, schedules: Path, fine: Images
 ) -> list[dict[str, Any]]:
     """For each learned schedule: its mean squared distance to the fine solution beside each baseline grid's.
 
+    `sample` takes a solver and its times, and starts from the noise that `fine` is the solution of.
     `p` is one-sided and paired by noise, corrected after Holm over all schedules and grids together.
     """
     found = []
     for entry in read_knots(schedules):
-        learned = paired_distance(sampler(start, entry["solver"], np.array(entry["times"])), fine)
+        learned = paired_distance(sample(entry["solver"], np.array(entry["times"])), fine)
         row = {"solver": entry["solver"], "nfe": entry["nfe"], "learned": learned.mean, "baselines": {}}
         for name in BASELINE_GRIDS:
-            times = baseline_grid(name, len(entry["times"]) - 1, schedule_of(model))
-            baseline = paired_distance(sampler(start, entry["solver"], times), fine)
+            times = baseline_grid(name, len(entry["times"]) - 1, schedule)
+            baseline = paired_distance(sample(entry["solver"], times), fine)
             p = paired_less(learned.values, baseline.values)
             row["baselines"][name] = {"value": baseline.mean, "p": p}
         found.append(row)
