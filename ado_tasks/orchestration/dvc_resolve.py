@@ -38,7 +38,7 @@ def resolve(root: Path, *, all_pipelines: bool) -> dict[str, Any]:
     try:
         with Repo(str(root)) as repo:
             graph = get_active_graph(repo.index.graph)
-            targets = [] if all_pipelines else repo.stage.collect("dvc.yaml")
+            targets = [] if all_pipelines else list(repo.stage.collect("dvc.yaml"))
             wanted = set(get_subgraph(graph, targets))
             # Sorted: DVC finds files in the order of the disk. Stages of one file stay in its order.
             stages = sorted(
@@ -51,7 +51,7 @@ def resolve(root: Path, *, all_pipelines: bool) -> dict[str, Any]:
 
 
 def _updates_itself(stage: Any) -> bool:
-    """An import that `dvc repro` would fetch anew. (What `dvc add` tracks has no command: it comes with the revision.)"""
+    """An import that `dvc repro` would fetch anew. (What `dvc add` tracks has no command: it is simply there.)"""
     return stage.is_import and not stage.frozen
 
 

@@ -77,7 +77,7 @@ def is_permanent(problem: BaseException) -> bool:
 def command_failed(stage: str, command: str, exit_code: int) -> StageError:
     """The error for a stage whose command ended with `exit_code` (negative: killed by that signal).
 
-    The codes are those of `errors`; a command that is not ours keeps to them by chance only, so only they are permanent.
+    Our own commands end with the codes of `errors`; what another project's codes mean is not known, so they may pass.
     """
     known = _NAMED_EXITS.get(exit_code)
     reason = f" ({known.__name__})" if known and "ado_tasks" in command else ""

@@ -1,6 +1,6 @@
 """The stage graph of a DVC project as plain dataclasses, checked for what an orchestrator cannot run.
 
-Nothing here knows DVC or Airflow: `from_plain` takes what the resolver found (see `resolve`), `render` makes tasks of it.
+Nothing here knows DVC or Airflow: `from_plain` takes what the resolver found (see `resolve`), `render` makes tasks.
 """
 
 import hashlib
@@ -164,7 +164,7 @@ def _stage(entry: Mapping[str, Any], task_id: str) -> Stage:
 def task_ids(names: Iterable[str]) -> dict[str, str]:
     """An id for each stage name: readable, allowed by Airflow, and no two alike.
 
-    "distill@progressive" becomes "distill-progressive". Names that would share an id each get a hash of the name behind.
+    "distill@progressive" becomes "distill-progressive". Names that would share an id each get a hash behind.
 
     Raises:
         TaskIdError: the name is longer than Airflow allows, or nothing of it can be kept.
