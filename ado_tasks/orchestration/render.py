@@ -60,7 +60,7 @@ def render(
         }
         for stage in graph:
             for above in stage.upstream:
-                tasks[above] >> tasks[stage.name]
+                tasks[stage.name].set_upstream(tasks[above])
     return group
 
 
@@ -96,7 +96,8 @@ class StageOperator(BaseOperator):
         from ado_tasks.orchestration.stage import run_stage  # noqa: PLC0415
 
         self._stopping = threading.Event()
-        results = {name: context["ti"].xcom_pull(task_ids=task) for name, task in self.upstream.items()}
+        instance: Any = context["ti"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        results = {name: instance.xcom_pull(task_ids=task) for name, task in self.upstream.items()}
         project = Path(self.project)
         try:
             result = run_stage(
