@@ -1,20 +1,24 @@
 """`ado gate`: may the challenger replace the champion? A pure decision, with reasons that a person can read.
 
-The decision itself reads nothing: `gate` compares plain figures with a policy. What the command does around it (find
-the champion, sample both models from the same noise) is in `ado_tasks.registry.contest`.
+The decision itself, `gate`, reads nothing: it compares plain figures with a policy. `decide` is the thin effect around
+it: it reads the reports, has both models sampled from one noise (`ado_tasks.registry.contest`), writes the verdict.
 """
 
+import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from ado_tasks.config import config
+from ado_tasks.config import config, parse, read_params
 from ado_tasks.errors import ArtifactError, StatisticsError
+from ado_tasks.storage import write_json
 
 Figures = Mapping[str, Any]
+VERDICT = "verdict.json"
 REFERENCE = "teacher-50"  # what students are held against, and what is measured beside them
 
 
@@ -257,3 +261,81 @@ def _limit(name: str, found: float | None, limit: float | None, direction: _Dire
     shown = f"{found:.3g}{unit}"
     reason = f"{name}: {shown} is {direction.words[not passed]} the required {limit:.3g}{unit}."
     return Check(name, shown, required, passed, reason)
+
+
+def decide(
+    workspace: Path, *, mlflow_uri: str, store_url: str, model: str, params: Path | None = None,
+    variant: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Judge the variant that `evaluate` chose; writes and returns reports/verdict.json.
+
+    Args:
+        workspace: folder with the outputs of the graph: reports and models always; data and features as well where
+            there is a champion to compare with.
+        mlflow_uri: MLflow, where the champion's package is.
+        store_url: the store, where the promotion record is.
+        model: name of the registered model.
+        params: file whose section `gate`, if any, is the policy; the workspace's params.yaml by default.
+        variant: another variant than the chosen one.
+
+    Returns:
+        `approved`, `reasons`, `table`; `variant`, `model_sha256`; `champion`, the version it was held against (None:
+        there was none), to which the verdict is bound; `figures`, what the gate was given.
+
+    Raises:
+        ArtifactError: a report, a model or a version is missing or damaged.
+        RegistryError, StorageError: MLflow or the store cannot be reached.
+    """
+    from ado_tasks.registry.contest import hold  # noqa: PLC0415  (MLX, pandas: the pure decision needs neither)
+    from ado_tasks.registry.workspace import Workspace  # noqa: PLC0415
+
+    place = Workspace(workspace)
+    policy = parse(GatePolicy, read_params(params or workspace / "params.yaml").get("gate") or {}, "gate")
+    quality = place.quality()
+    contest = hold(place, variant or quality["chosen"], mlflow_uri=mlflow_uri, store_url=store_url, model=model)
+    challenger = challenger_figures(quality, place.cost(), contest.model_sha256, contest.name)
+    challenger["against"] = contest.against
+    verdict = gate(challenger, contest.champion, policy)
+    result = {
+        **verdict.as_plain(),
+        "variant": contest.name,
+        "model_sha256": contest.model_sha256,
+        "champion": contest.champion and contest.champion["version"],
+        "figures": challenger,
+    }
+    write_json(place.reports / VERDICT, result)
+    return result
+
+
+def as_text(verdict: Figures) -> str:
+    """A verdict as a Markdown table with its reasons: for a terminal, a log, a form."""
+    marks = {True: "yes", False: "NO", None: "–"}
+    against = "the teacher at 50 steps" if verdict["champion"] is None else f"champion {verdict['champion']}"
+    lines = [
+        f"{verdict['variant']} beside {against}: {'approved' if verdict['approved'] else 'REFUSED'}",
+        "",
+        "| check | found | required | passed |",
+        "|---|---|---|---|",
+        *(f"| {c['name']} | {c['found']} | {c['required']} | {marks[c['passed']]} |" for c in verdict["table"]),
+        "",
+        *(f"- {reason}" for reason in verdict["reasons"]),
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Judge, and print the verdict. A refusal is a result like an approval: exit status 0."""
+    from ado_tasks.endpoints import endpoints  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(prog="ado gate", description=__doc__)
+    parser.add_argument("--workspace", type=Path, default=Path(), help="where the graph was run (default: here)")
+    parser.add_argument("--variant", help="judge this one (default: what evaluate chose)")
+    parser.add_argument("--params", type=Path, help="file with the section `gate` (default: the workspace's)")
+    options = parser.parse_args(arguments)
+    known = endpoints()
+    verdict = decide(
+        options.workspace, mlflow_uri=known.mlflow_uri, store_url=known.store, model=known.registered_model,
+        params=options.params, variant=options.variant,
+    )  # fmt: skip
+    print(as_text(verdict))
+    return 0

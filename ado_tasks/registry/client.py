@@ -1,5 +1,6 @@
 """The connection to MLflow: which server, how patient, and its failures by name."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ def connect(uri: str) -> "MlflowClient":
         os.environ.setdefault(name, value)
     import mlflow  # noqa: PLC0415  (4 s)
 
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     return mlflow.MlflowClient(uri, uri)

@@ -6,8 +6,11 @@ version makes the same images whatever the project has become since. Nothing is 
 
 import base64
 import io
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -38,9 +41,9 @@ class DiffusionModel(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the package. All work happens in one thread of its own: MLX ties its streams to the thread."""
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._package, self._sampler = self._thread.submit(_load, Path(context.artifacts[ARTIFACT])).result()
+        """Read the package."""
+        self._alone = _OneThread()
+        self._package, self._sampler = self._alone(_load, Path(context.artifacts[ARTIFACT]))
 
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -49,7 +52,7 @@ class DiffusionModel(PythonModel):
         wanted = [_request(row, self._package.classes) for row in model_input.to_dict("records")]
         if sum(count for _, count, _ in wanted) > MOST:
             raise _refused(f"count: at most {MOST} images a request are allowed")
-        return self._thread.submit(self._sample, wanted).result()
+        return self._alone(self._sample, wanted)
 
     def _sample(self, wanted: list[tuple[int, int, int]]) -> pd.DataFrame:
         rows = []
@@ -62,6 +65,31 @@ class DiffusionModel(PythonModel):
                 for index in range(count)
             ]
         return pd.DataFrame(rows).astype({"seed": "int64", "index": "int64", "label": "int64"})
+
+
+class _OneThread:
+    """Calls functions in one thread of its own: MLX ties compiled functions and streams to the thread.
+
+    A server predicts in whatever thread is free. The thread is never ended: one that lets go of MLX's memory while
+    Python shuts down takes the process with it (SIGABRT), and one that waits is simply gone with its process.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
+        Thread(target=self._run, daemon=True, name="sampler").start()
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        future: Future[Any] = Future()
+        self._calls.put((future, function, arguments))
+        return future.result()
+
+    def _run(self) -> None:
+        while True:
+            future, function, arguments = self._calls.get()
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as problem:
+                future.set_exception(problem)
 
 
 def start_of(package: Package, seed: int, count: int, label: int = ANY) -> Draw:
