@@ -4,40 +4,39 @@ The only module here that a DAG file needs Airflow for; everything that takes ti
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import BaseOperator, Context, TaskGroup
+from airflow.sdk import BaseOperator, BaseOperatorLink, Context, TaskGroup
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from ado_tasks.orchestration.graph import Hints, Stage, StageGraph
 
-RETRIES = 2
-_RETRY_DELAY_S = 10.0
-_LONGEST_DELAY = timedelta(minutes=10)
 _EDGE = "EdgeExecutor"
 
 
 def render(
     graph: StageGraph,
     *,
-    project: Path,
+    root: Path,
     revision: str,
     force: str = "False",
     queue: str | None = None,
+    links: Sequence[BaseOperatorLink] = (),
     group_id: str = "stages",
 ) -> TaskGroup:
     """Make the tasks of a graph within the current DAG.
 
     Args:
         graph: see `resolve.stage_graph`.
-        project: its folder on this machine; workspaces are made below its `.ado`.
+        root: the project's folder on this machine; workspaces are made below its `.ado`.
         revision: the git hash to run, usually a template that reads another task's result.
         force: a template; where it renders to "True" stages run although their results are known.
         queue: Edge workers of this queue take stages without a queue of their own. None: stages run where Airflow's
             own executor runs tasks, whatever queue they name.
+        links: shown beside each task in the UI.
         group_id: of the task group; task ids begin with it and a dot.
 
     Returns:
@@ -49,9 +48,10 @@ def render(
                 task_id=stage.task_id,
                 stage=stage.name,
                 upstream={above.name: f"{group_id}.{above.task_id}" for above in graph.upstream(stage.name)},
-                project=project,
+                root=root,
                 revision=revision,
                 force=force,
+                links=links,
                 task_display_name=stage.name,
                 doc_md=_about(stage),
                 **_scheduling(stage.hints, queue),
@@ -75,18 +75,21 @@ class StageOperator(BaseOperator):
         *,
         stage: str,
         upstream: Mapping[str, str],
-        project: Path,
+        root: Path,
         revision: str,
         force: str = "False",
+        links: Sequence[BaseOperatorLink] = (),
         **kwargs: Any,
     ) -> None:
         """Keep what to run. `upstream` maps the names of stages to the ids of their tasks."""
         super().__init__(**kwargs)
         self.stage = stage
         self.upstream = dict(upstream)
-        self.project = str(project)
+        self.root = str(root)
         self.revision = revision
         self.force = force
+        self.operator_extra_links = tuple(links)
+        self._stop: threading.Event | None = None
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the stage. What another attempt would meet again fails at once; everything else is tried again."""
@@ -95,19 +98,19 @@ class StageOperator(BaseOperator):
         from ado_tasks.orchestration.failures import is_permanent  # noqa: PLC0415
         from ado_tasks.orchestration.stage import run_stage  # noqa: PLC0415
 
-        self._stopping = threading.Event()
+        self._stop = threading.Event()
         instance: Any = context["ti"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
         results = {name: instance.xcom_pull(task_ids=task) for name, task in self.upstream.items()}
-        project = Path(self.project)
+        root = Path(self.root)
         try:
             result = run_stage(
                 self.stage,
                 revision=self.revision,
                 upstream_locks={name: found["lock"] for name, found in results.items()},
-                endpoints=endpoints(root=project),
-                workspace_root=project / ".ado" / "worker",
+                endpoints=endpoints(root=root),
+                workspace_root=root / ".ado" / "work",
                 force=self.force == "True",
-                stopping=self._stopping,
+                stopping=self._stop,
                 say=self.log.info,
             )
         except AdoError as problem:
@@ -118,11 +121,12 @@ class StageOperator(BaseOperator):
 
     def on_kill(self) -> None:
         """Airflow stops the task (SIGTERM, or its time is up): let the stage write a checkpoint and end."""
-        self._stopping.set()
+        if self._stop is not None:
+            self._stop.set()
 
 
 def _scheduling(hints: Hints, queue: str | None) -> dict[str, Any]:
-    """A stage's hints as arguments of an operator; what it leaves open stays Airflow's default."""
+    """A stage's hints as arguments of an operator; what they leave open is the DAG's or Airflow's default."""
     wanted = {
         "executor": hints.executor or (_EDGE if queue else None),
         "queue": (hints.queue or queue) if queue or hints.executor else None,
@@ -130,10 +134,8 @@ def _scheduling(hints: Hints, queue: str | None) -> dict[str, Any]:
         "pool_slots": hints.pool_slots,
         "priority_weight": hints.priority,
         "execution_timeout": timedelta(seconds=hints.timeout_seconds) if hints.timeout_seconds else None,
-        "retries": RETRIES if hints.retries is None else hints.retries,
-        "retry_delay": timedelta(seconds=hints.retry_delay_seconds or _RETRY_DELAY_S),
-        "retry_exponential_backoff": 2,
-        "max_retry_delay": _LONGEST_DELAY,
+        "retries": hints.retries,
+        "retry_delay": timedelta(seconds=hints.retry_delay_seconds) if hints.retry_delay_seconds else None,
     }
     return {name: value for name, value in wanted.items() if value is not None}
 
