@@ -66,7 +66,7 @@ def worker(places: Endpoints, root: Path, environ: Mapping[str, str] = os.enviro
             f"{SECRET}: a worker shows the control plane's secret; copy it from there, .ado/airflow/secret"
         )
     return {
-        **_common(places, root, root / ".ado" / "worker"),
+        **_common(places, root, root / ".ado" / "edge"),
         "AIRFLOW__API_AUTH__JWT_SECRET": _checked(environ[SECRET]),
         "AIRFLOW__CORE__EXECUTOR": _EDGE,
         "AIRFLOW__EDGE__API_URL": f"{places.airflow_url}/edge_worker/v1/rpcapi",

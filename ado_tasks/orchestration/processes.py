@@ -21,6 +21,8 @@ from ado_tasks.errors import AdoError, StorageError
 
 MARK = "ADO_LAUNCH"
 _TAIL_LINES = 20
+GRACE_S = 5.0  # of a server: Airflow's parts end within 3 s; a task that it waits for never does
+WORK_GRACE_S = 40.0  # of a stage: to write a checkpoint, and to push what it had finished
 
 
 class LaunchError(AdoError):
@@ -76,18 +78,18 @@ class Group:
             time.sleep(0.3)
         return time.monotonic() - began
 
-    def stop(self, grace_s: float = 10.0) -> None:
-        """End every process that carries the mark: SIGTERM, and SIGKILL for what is left after `grace_s`.
+    def stop(self) -> None:
+        """End every process that carries the mark: SIGTERM, and SIGKILL for what is left after a grace period.
 
-        Work is told first, servers after it, so that a stage has the time to write its checkpoint. A further SIGTERM
-        follows for those that were born meanwhile. They are found by the mark, and by the sessions started here.
+        Work is told first, servers after it, and while stages write their checkpoints everything else waits. Whatever
+        is born meanwhile is told too. Processes are found by the mark, and by the sessions that were started here.
         """
-        deadline = time.monotonic() + grace_s
-        told: set[int] = set()
+        began, told = time.monotonic(), set[int]()
         sessions = {process.pid for process in self.processes.values()}
         while alive := marked(self.mark, sessions):
+            patience_s = WORK_GRACE_S if any(map(_is_work, alive)) else GRACE_S
+            late = time.monotonic() - began > patience_s
             for process in reversed(alive):
-                late = time.monotonic() > deadline
                 if late or process.pid not in told:
                     told.add(process.pid)
                     with suppress(psutil.NoSuchProcess):
@@ -95,6 +97,13 @@ class Group:
             for process in self.processes.values():
                 process.poll()
             time.sleep(0.2)
+
+
+def _is_work(process: psutil.Process) -> bool:
+    """Whether it runs a stage or an effect, not a part of Airflow or MLflow."""
+    with suppress(psutil.Error):
+        return any("ado_tasks" in part for part in process.cmdline())
+    return False
 
 
 def marked(mark: str, sessions: Collection[int] = ()) -> list[psutil.Process]:

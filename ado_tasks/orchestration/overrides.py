@@ -1,0 +1,48 @@
+"""Changes of `params.yaml` that a run is triggered with: dotted names and plain values, comments and order kept."""
+
+from collections.abc import Mapping, MutableMapping
+from io import StringIO
+from typing import Any
+
+from ado_tasks.errors import ConfigError
+
+
+def apply(text: str, overrides: Mapping[str, Any], where: str = "params.yaml") -> str:
+    """The text of a params file with some values replaced.
+
+    Args:
+        text: of the file.
+        overrides: `{"train.steps": 100}`; a value may be anything that JSON holds.
+        where: its name, for messages.
+
+    Raises:
+        ConfigError: a name whose section is not in the file; it lists what there is. (A wrong key or value inside a
+            section is for the task that reads it to name.)
+    """
+    from ruamel.yaml import YAML  # noqa: PLC0415  (it comes with DVC)
+
+    if not overrides:
+        return text
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # no line is folded that was not
+    params = yaml.load(text)
+    for name, value in overrides.items():
+        _set(params, name, value, where)
+    stream = StringIO()
+    yaml.dump(params, stream)
+    return stream.getvalue()
+
+
+def _set(params: Any, name: str, value: Any, where: str) -> None:
+    *sections, key = name.split(".")
+    found = params
+    for depth, part in enumerate(sections):
+        if not isinstance(found, Mapping) or part not in found:
+            at = ".".join(sections[:depth]) or "the top"
+            there = ", ".join(map(str, found)) if isinstance(found, Mapping) else "a single value"
+            raise ConfigError(f"override {name!r}: {where} has no section {part!r} at {at}; there: {there}")
+        found = found[part]
+    if not isinstance(found, MutableMapping) or (not sections and key not in found):
+        raise ConfigError(f"override {name!r}: not a key of {where}; at the top there: {', '.join(map(str, params))}")
+    found[key] = value
