@@ -11,7 +11,7 @@
 Nothing has to be done again after a failure: clear the failed task, or trigger a new run; what was computed is found.
 """
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ with DAG(
     description="Train, distil, judge; promote what is better",
     doc_md=__doc__,
     schedule=AssetOrTimeSchedule(timetable=CronTriggerTimetable("0 4 * * 1", timezone="UTC"), assets=[DATASET]),
-    start_date=datetime(2026, 1, 1, tzinfo=UTC),
+    start_date=airflow_tasks.began_on(ROOT),
     catchup=False,
     max_active_runs=1,  # one writer of the champion at a time; the next run waits
     # Stages on this machine take turns, as under `dvc repro`; with workers, as many run as there are workers.

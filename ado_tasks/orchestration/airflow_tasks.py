@@ -5,7 +5,7 @@ Heavy parts of Airflow are imported when a DAG is made or a task runs, not with 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,17 @@ def places_of(root: Path) -> Endpoints:
 def scratch_of(root: Path) -> Path:
     """Where tasks keep clones and workspaces on this machine."""
     return root / ".ado" / "work"  # as the stages do
+
+
+def began_on(root: Path) -> datetime:
+    """The day on which this Airflow was set up (by `make airflow`): schedules count from there, not from before.
+
+    Elsewhere, on a worker or in a test, the date decides nothing.
+    """
+    try:
+        return datetime.fromisoformat((root / ".ado" / "airflow" / "since").read_text().strip())
+    except (OSError, ValueError):
+        return datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class MlflowRunLink(BaseOperatorLink):

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -123,6 +124,9 @@ def _prepare_database(home: Path, settings: Mapping[str, str], group: Group) -> 
     group.start("database", [_program("airflow"), "db", "migrate"], settings)
     if group.processes.pop("database").wait() != 0:
         raise LaunchError(f"Airflow's database could not be made:\n{group.tail('database')}")
+    since = home / "since"
+    if not since.exists():
+        since.write_text(f"{datetime.now(UTC).isoformat(timespec='seconds')}\n")
     stamp.touch()
     _say("database", "made", began)
 

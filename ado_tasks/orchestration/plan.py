@@ -1,6 +1,6 @@
 """What a run would do: its revision, which of its stages have something to do, and whether it is worth beginning."""
 
-import re
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from ado_tasks.orchestration.workspace import bare_name, lock_file
 from ado_tasks.stores import open_store
 
 PARAMS = "params.yaml"
-_RUNS = re.compile(r"^Running stage '(?P<name>[^']+)'", re.MULTILINE)
+_SCRIPT = Path(__file__).with_name("dvc_changed.py")
 
 
 class GraphShapeError(GraphError):
@@ -130,30 +130,32 @@ def _to_run(copy: Path, graph: StageGraph, places: Endpoints) -> list[str]:
 
 
 def _changed(copy: Path, graph: StageGraph) -> list[str]:
-    """What DVC would run here, and all that reads from it. What runs always is not a change."""
-    would_run = set(_dry_run(copy))
+    """What DVC finds changed, what no lock file knows, and all that reads from them. What runs always is no change."""
+    found = set(_changed_by_itself(copy))
     changed: list[str] = []
     for stage in graph.stages:
-        own = (stage.name in would_run and not stage.always_changed) or not _is_locked(copy, stage.name)
+        own = (stage.name in found and not stage.always_changed) or not _is_locked(copy, stage.name)
         if not stage.frozen and (own or set(stage.upstream) & set(changed)):
             changed.append(stage.name)
     return changed
 
 
+def _changed_by_itself(copy: Path) -> list[str]:
+    command = [sys.executable, "-P", str(_SCRIPT)]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise GraphError(f"DVC could not compare the stages with dvc.lock: {done.stderr.strip()[-2000:]}")
+    told = json.loads(done.stdout)
+    if "error" in told:
+        raise GraphError(f"DVC could not compare the stages with dvc.lock: {told['error']}")
+    return told["changed"]
+
+
 def _is_locked(copy: Path, name: str) -> bool:
-    """Whether a lock file knows a stage. (`--allow-missing` takes a stage that never ran for one without data.)"""
+    """Whether a lock file knows a stage: without data at hand, DVC takes one that never ran for one that did."""
     path = copy / lock_file(name)
     locked = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     return bare_name(name) in ((locked or {}).get("stages") or {})
-
-
-def _dry_run(copy: Path) -> list[str]:
-    """Names of the stages that `dvc repro` finds changed, with no data at hand."""
-    command = [str(Path(sys.executable).with_name("dvc")), "repro", "--dry", "--allow-missing"]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise GraphError(f"dvc repro --dry: {done.stderr.strip()}")
-    return _RUNS.findall(done.stdout)
 
 
 def store_bundle(copy: Path, revision: str, places: Endpoints) -> None:
