@@ -173,7 +173,7 @@ class S3Store:
 
 def _client() -> Any:
     attempts = {} if "AWS_MAX_ATTEMPTS" in os.environ else {"total_max_attempts": _TOTAL_ATTEMPTS}
-    return boto3.client(
+    return boto3.Session().client(  # a session of its own: the default one keeps the first credentials it saw
         "s3",
         region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
         config=Config(
