@@ -200,6 +200,7 @@ class Work:
                 if _overlap(out, dep) and not out.exists:
                     self._pull(out)
                     out.checkout(force=True)
+                    out.ignore()  # as where it was made: a .gitignore in a folder that is read is part of its hash
             if dep.protocol == "local" and getattr(dep, "fs_path", None) and not dep.exists:
                 self.repo.pull([dep.fs_path])  # what `dvc add` tracks
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import PurePosixPath
 from typing import Any
 
 from ado_tasks.orchestration.failures import CycleError, GraphError, HintError, TaskIdError, UnsupportedStageError
@@ -204,6 +205,10 @@ def _in_order(stages: Mapping[str, Stage]) -> tuple[Stage, ...]:
 
 def _check_travels(stage: Stage, stages: Mapping[str, Stage]) -> None:
     """What a stage reads and writes must be able to travel between workers that share no disk."""
+    if not stage.command:
+        raise UnsupportedStageError(
+            f"{stage.name}: an import that `dvc repro` would fetch anew; `dvc freeze` it and fetch it with `dvc update`"
+        )
     for out in stage.outs:
         if not out.local:
             raise UnsupportedStageError(f"{stage.name}: output {out.path} lies outside the project; allowed: inside it")
@@ -215,7 +220,8 @@ def _check_travels(stage: Stage, stages: Mapping[str, Stage]) -> None:
     uncached = {out.path: above for above in stage.upstream for out in stages[above].outs if not out.cached}
     for dep in stage.deps:
         for path, above in uncached.items():
-            if dep == path or dep.startswith(path + "/") or path.startswith(dep + "/"):
+            here, there = PurePosixPath(dep), PurePosixPath(path)
+            if here.is_relative_to(there) or there.is_relative_to(here):
                 raise UnsupportedStageError(
                     f"{stage.name} reads {dep}, which {above} makes with `cache: false`: it does not travel between "
                     f"workers; remove `cache: false` from {path}"
