@@ -1,10 +1,11 @@
 # make demo   install, run the whole pipeline on the embedded defaults, print the result table
 # make test   install, run the tests
+# make airflow   install, start Airflow with the DAGs on this machine
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Bytecode is kept: without it every stage compiles its libraries anew (4 s).
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help demo test install install-all openblas lint format bench bars mlflow table clean lock parity preset
+.PHONY: help demo airflow worker test install install-all openblas lint format bench bars mlflow table clean lock parity preset
 
 UV_VERSION := 0.13.9
 # An existing uv is used; otherwise one is put into .uv/, from PyPI: nothing outside this folder changes.
@@ -70,6 +71,12 @@ mlflow: install  ## look at the recorded runs in a browser
 	@$(RUN) python -m ado_tasks sync
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(RUN) \
 		mlflow server --backend-store-uri sqlite:///$(CURDIR)/.ado/mlflow.db --host 127.0.0.1 --port 5000 --workers 1
+
+airflow: install-all  ## Airflow with the DAGs on this machine, until Ctrl-C (SQLite, no account; ado.env.example says what can be set)
+	@$(RUN) exec python -m ado_tasks.orchestration.launch airflow
+
+worker: install-all  ## join this machine to an Airflow as a worker, until Ctrl-C (ado.env names the Airflow, the queue, the secret)
+	@$(RUN) exec python -m ado_tasks.orchestration.launch worker
 
 lock:  ## renew uv.lock and the versions that DVC watches
 	@$(UV) lock

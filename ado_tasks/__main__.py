@@ -34,6 +34,7 @@ EDGE_COMMANDS = {
     "register": "make an approved model a version of the registered model in MLflow",
     "promote": "make a registered version the champion",
     "rollback": "return to the former champion, with a reason",
+    "monitor": "sample the champion anew and say whether it still does what it was promoted for",
     "sync": "upload recorded runs to MLflow",
 }
 

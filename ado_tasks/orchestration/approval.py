@@ -44,6 +44,6 @@ class ChampionApproval(ApprovalOperator):
     def _tell_who_listens(self, context: Context) -> None:
         from ado_tasks.endpoints import endpoints  # noqa: PLC0415
 
-        places, run = endpoints(), context["run_id"]
+        places, run = endpoints(), context.get("run_id", "")
         page = f"{places.airflow_url}/dags/{self.dag_id}/runs/{run}/required_actions"
         tell(places.notify, "approval wanted", f"{self.subject}: {page}", run=run, page=page)

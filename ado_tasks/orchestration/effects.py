@@ -75,6 +75,17 @@ def rollback(reason: str, *, run_id: str, by: str, places: Endpoints) -> dict[st
     )  # fmt: skip
 
 
+def watch(*, seed: int, places: Endpoints, root: Path) -> dict[str, Any]:
+    """Sample the champion anew and say how it does: `state` is "absent", "healthy", "unclear" or "degraded"."""
+    known: dict[str, Any] = {"mlflow_uri": places.mlflow_uri, "model": places.registered_model}
+    found = call("ado_tasks.monitor:champion", store_url=places.store, **known)
+    if found is None:
+        return {"state": "absent", "why": f"{places.registered_model} has no champion yet"}
+    with workspace(found["revision"], places, root) as tree:
+        pull(tree)
+        return {**found, **call("ado_tasks.monitor:monitor", tree, found["version"], seed=seed, cwd=tree, **known)}
+
+
 def conclude(
     run_id: str, plan: Mapping[str, Any], *, places: Endpoints, **ends: Mapping[str, Any] | None
 ) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _differences(
 ) -> dict[str, Any]:
     """KID(challenger) − KID(champion), and − KID(anchor), with intervals, by name."""
     rivals = {"champion": record.champion, "anchor": record.anchor}
-    measured = _Features(place)
+    measured = FeaturesOf(place)
     of_challenger = measured(package)
     found: dict[str, Any] = {}
     made: dict[str, np.ndarray] = {}
@@ -96,28 +96,34 @@ def _differences(
     return found
 
 
-class _Features:
-    """Whitened features of a package's samples: from the noise and labels that `evaluate` drew for the report."""
+class FeaturesOf:
+    """Whitened features of a package's samples: from the noise and labels that `evaluate` drew for the report.
 
-    def __init__(self, place: Workspace) -> None:
+    With `purpose` and `seed`, from other noise: as much of it, drawn for that purpose.
+    """
+
+    def __init__(self, place: Workspace, *, purpose: str | None = None, seed: int | None = None) -> None:
+        """Read the data and the feature network. Raises ArtifactError where they are not the report's."""
         self._quality = place.quality()
         self._extractor: FeatureExtractor = load_features(place.features)
         expected = self._quality["reference"]["features_sha256"]
         if self._extractor.sha256 != expected:
             raise ArtifactError(f"{place.features}: SHA-256 {self._extractor.sha256}, the report used {expected}")
         self._data = open_dataset(place.data)
-        self._start: Draw = self._draw(self._quality["reference"])
+        self._start: Draw = self._draw(self._quality["reference"], purpose, seed)
         part = self._data.split("report")
         self.real = self._white(part.batch(np.arange(len(part))))
 
-    def _draw(self, reference: dict[str, Any]) -> Draw:
-        purpose, seed = reference["seeds"]["draw"], reference["seeds"]["report"]
-        return draw(seed, purpose, reference["n_generated"], self._data.split("report"))
+    def _draw(self, reference: dict[str, Any], purpose: str | None, seed: int | None) -> Draw:
+        seeds = reference["seeds"]
+        drawn_by = seeds["report"] if seed is None else seed
+        return draw(drawn_by, purpose or seeds["draw"], reference["n_generated"], self._data.split("report"))
 
     def _white(self, images: np.ndarray) -> np.ndarray:
         return self._extractor.whitened(self._extractor.features(images))
 
     def __call__(self, package: Package) -> np.ndarray:
+        """One row a sample. Raises ArtifactError where it makes other images than the data has."""
         classes = len(self._data.classes)
         if package.shape != self._data.shape or package.classes not in {0, classes}:
             raise ArtifactError(
