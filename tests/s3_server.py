@@ -54,18 +54,30 @@ def kind() -> str:
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
     """Start a server whose data lies in `folder`; it is gone when the block ends."""
-    port = free_port()
-    endpoint = f"http://127.0.0.1:{port}"
     folder.mkdir(parents=True, exist_ok=True)
+    with (_radosgw if real_server_installed() else _moto)(folder, free_port()) as server:
+        yield server
+
+
+@contextmanager
+def _radosgw(folder: Path, port: int) -> Iterator[S3Server]:
     try:
-        if real_server_installed():
-            subprocess.run([HERE / "radosgw.sh", folder, str(free_port()), str(port)], check=True, timeout=_START_S)
-        else:
-            _start_moto(folder, port)
-        yield S3Server(endpoint, kind(), tuple(_pids(folder)))
+        subprocess.run([HERE / "radosgw.sh", folder, str(free_port()), str(port)], check=True, timeout=_START_S)
+        yield S3Server(f"http://127.0.0.1:{port}", kind(), tuple(_pids(folder)))
     finally:
         for pid in reversed(_pids(folder)):
             end(pid)
+
+
+@contextmanager
+def _moto(folder: Path, port: int) -> Iterator[S3Server]:
+    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    with (folder / "moto.out").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            wait_for_port(port)
+            yield S3Server(f"http://127.0.0.1:{port}", kind(), (process.pid,))
+        finally:
+            process.kill()
 
 
 def free_port() -> int:
@@ -109,14 +121,6 @@ def _alive(pid: int) -> bool:
     except OSError:
         return False
     return stat.rpartition(")")[2].split()[0] != "Z"  # nobody may be there to collect a child of the script
-
-
-def _start_moto(folder: Path, port: int) -> None:
-    with (folder / "moto.out").open("w") as log:
-        command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    (folder / "moto.pid").write_text(str(process.pid))
-    wait_for_port(port)
 
 
 def _pids(folder: Path) -> list[int]:
