@@ -111,8 +111,12 @@ class FeaturesOf:
             raise ArtifactError(f"{place.features}: SHA-256 {self._extractor.sha256}, the report used {expected}")
         self._data = open_dataset(place.data)
         self._start: Draw = self._draw(self._quality["reference"], purpose, seed)
-        part = self._data.split("report")
-        self.real = self._white(part.batch(np.arange(len(part))))
+        self.real = self.of_part("report")
+
+    def of_part(self, name: str) -> np.ndarray:
+        """Those of the real images of a part of the data."""
+        part = self._data.split(name)
+        return self._white(part.batch(np.arange(len(part))))
 
     def _draw(self, reference: dict[str, Any], purpose: str | None, seed: int | None) -> Draw:
         seeds = reference["seeds"]
