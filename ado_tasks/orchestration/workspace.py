@@ -103,6 +103,12 @@ def _local_repository(endpoints: Endpoints) -> Path | None:
     return path if path.is_dir() else None
 
 
+def _project_here(endpoints: Endpoints) -> Path | None:
+    """The project's own folder, where it lies on this machine and is what runs start from."""
+    path = _local_repository(endpoints)
+    return path if path is not None and (path / ".dvc").is_dir() else None
+
+
 def _has(repository: Path, revision: str) -> bool:
     known = subprocess.run(
         ["git", "-C", str(repository), "cat-file", "-e", f"{revision}^{{commit}}"], capture_output=True, check=False
@@ -141,7 +147,8 @@ def _attempt_bundle(mirror: Path, revision: str, endpoints: Endpoints) -> list[s
         bundle = Path(folder) / "revision.bundle"
         try:
             open_store(endpoints.store).download_file(key, bundle)
-            _git("-C", str(mirror), "fetch", "--quiet", "--no-auto-gc", str(bundle), "+refs/*:refs/bundles/*")
+            _git("-C", str(mirror), "bundle", "unbundle", str(bundle))
+            _git("-C", str(mirror), "update-ref", f"refs/bundles/{revision}", revision)
         except AdoError as problem:
             return [str(problem)]
     return []
@@ -171,7 +178,7 @@ def _exclusive(path: Path) -> Iterator[None]:
 def _configure_dvc(tree: Path, endpoints: Endpoints, root: Path) -> None:
     """`.dvc/config.local` of a workspace: the machine's cache, the configured remote, and state that dies with it."""
     config = _dvc_config(tree / ".dvc" / "config")
-    home = _local_repository(endpoints)
+    home = _project_here(endpoints)
     if home is not None:
         config.read(home / ".dvc" / "config.local")
     local = configparser.ConfigParser()
@@ -196,7 +203,7 @@ def _cache_folder(config: configparser.ConfigParser, home: Path | None, root: Pa
     named = config.get("cache", "dir", fallback=None)
     if named is not None and Path(named).is_absolute():
         return Path(named)
-    if home is not None and (home / ".dvc").is_dir():
+    if home is not None:
         return (home / ".dvc" / (named or "cache")).resolve()
     return (root / "cache").absolute()
 
