@@ -174,9 +174,8 @@ def main() -> int:
         store(options.store)
         return 0
     world, lines, good = World.stored(), [], True
-    print(
-        f"margin {world.margin:.4f}, {world.n} samples a model, {world.m} real images, at most {options.trials} trials a line"
-    )
+    sizes = f"{world.n} samples a model, {world.m} real images, at most {options.trials} trials a line"
+    print(f"margin {world.margin:.4f}, {sizes}")
     for name, pair in PAIRS.items():
         for index, share in enumerate(SHARES):
             rng, start = np.random.default_rng([SEED, index, len(name)]), time.perf_counter()
