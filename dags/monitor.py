@@ -1,8 +1,8 @@
 """Does the champion still do what it was promoted for?
 
 Once a day it is sampled anew, from noise that nobody has seen, and held against the teacher that it came from. The
-figures go to MLflow. A champion that is *degraded* is told to those who listen (`ADO_NOTIFY`), with what can be done about it:
-trigger `reoptimize`, or `rollback`.
+figures go to MLflow. A champion that is *degraded* is told to those who listen (`ADO_NOTIFY`), with what can be done
+about it: trigger `reoptimize`, or `rollback`.
 """
 
 from pathlib import Path

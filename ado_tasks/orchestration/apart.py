@@ -46,7 +46,7 @@ def call(function: str, *arguments: Any, cwd: Path | None = None, **named: Any) 
             [sys.executable, "-m", "ado_tasks.orchestration.apart", str(answer)], cwd=cwd, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment(),
         )  # fmt: skip
-        with _ended_with_us(process):
+        with process, _ended_with_us(process):
             _converse(process, request)
         return _result(answer, function, process.returncode)
 

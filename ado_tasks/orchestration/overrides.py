@@ -27,11 +27,30 @@ def apply(text: str, overrides: Mapping[str, Any], where: str = "params.yaml") -
     yaml.preserve_quotes = True
     yaml.width = 4096  # no line is folded that was not
     params = yaml.load(text)
+    yaml.representer.add_representer(float, _represent_float)
     for name, value in overrides.items():
-        _set(params, name, value, where)
+        _set(params, name, _quoted(value), where)
     stream = StringIO()
     yaml.dump(params, stream)
     return stream.getvalue()
+
+
+def _represent_float(representer: Any, value: float) -> Any:
+    """As every YAML reader reads it back: 1e-05 without a point is text to those of YAML 1.1."""
+    mantissa, exponent, power = repr(value).partition("e")
+    text = f"{mantissa}{'' if '.' in mantissa else '.0'}{exponent}{power}"
+    return representer.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+def _quoted(value: Any) -> Any:
+    """Texts in quotes: `on`, `null` and `1:30` are no texts to readers of YAML 1.1."""
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString  # noqa: PLC0415
+
+    if isinstance(value, str):
+        return DoubleQuotedScalarString(value)
+    if isinstance(value, Mapping):
+        return {_quoted(key): _quoted(inner) for key, inner in value.items()}
+    return [_quoted(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _set(params: Any, name: str, value: Any, where: str) -> None:

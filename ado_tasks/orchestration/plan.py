@@ -1,6 +1,7 @@
 """What a run would do: its revision, which of its stages have something to do, and whether it is worth beginning."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from ado_tasks.errors import ConfigError
 from ado_tasks.orchestration import git_flow, outcome, overrides
 from ado_tasks.orchestration.failures import GraphError
 from ado_tasks.orchestration.graph import StageGraph
-from ado_tasks.orchestration.resolve import stage_graph
+from ado_tasks.orchestration.resolve import RESOLVED, stage_graph
 from ado_tasks.orchestration.workspace import bare_name, lock_file
 from ado_tasks.stores import open_store
 
@@ -71,6 +72,7 @@ def plan(
         base = git_flow.git("rev-parse", f"refs/remotes/origin/{places.git_branch}", cwd=copy)
         if not known:
             _commit_settings(copy, run_id, preset, changes or {})
+        _bring_resolved(places.git_remote, copy)
         graph = stage_graph(copy)
         _check_shape(graph, shape, [*([preset] if preset != PARAMS else []), *(changes or {})])
         to_run = _to_run(copy, graph, places)
@@ -97,6 +99,13 @@ def _commit_settings(copy: Path, run_id: str, preset: str, changes: Mapping[str,
     (copy / PARAMS).write_text(text, encoding="utf-8")
     lines = "\n".join([f"from {preset}", *(f"{name}: {value}" for name, value in changes.items())])
     git_flow.commit(copy, f"{PARAMS} of run {run_id}\n\n{lines}", PARAMS)
+
+
+def _bring_resolved(remote: str, copy: Path) -> None:
+    """Where the remote is a folder here, what DVC made of its files holds for a clone whose files are the same."""
+    found = Path(remote) / RESOLVED
+    if found.is_dir():
+        shutil.copytree(found, copy / RESOLVED)
 
 
 def _check_shape(graph: StageGraph, shape: str, changes: Sequence[str]) -> None:

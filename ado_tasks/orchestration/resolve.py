@@ -18,7 +18,7 @@ from ado_tasks.orchestration.failures import CycleError, GraphError
 from ado_tasks.orchestration.graph import StageGraph, from_plain
 
 _SCRIPT = Path(__file__).with_name("dvc_resolve.py")
-_CACHE = Path(".dvc/tmp/stage-graph")
+RESOLVED = Path(".dvc/tmp/stage-graph")  # in a project
 _FORMAT = 1  # of the JSON
 _PATIENCE_S = 120.0
 
@@ -54,7 +54,7 @@ def resolved(project: Path, *, all_pipelines: bool = False) -> list[dict[str, An
 def _cache_file(project: Path, all_pipelines: bool) -> Path:
     name = "all.json" if all_pipelines else "graph.json"
     if os.access(project / ".dvc", os.W_OK):
-        return project / _CACHE / name
+        return project / RESOLVED / name
     home = hashlib.sha256(str(project).encode()).hexdigest()[:16]  # a project that is read-only here
     return Path(tempfile.gettempdir()) / f"ado-stage-graph-{os.getuid()}" / home / name
 
