@@ -97,6 +97,8 @@ class Group:
             for process in self.processes.values():
                 process.poll()
             time.sleep(0.2)
+        for process in self.processes.values():
+            process.wait()
 
 
 def _is_work(process: psutil.Process) -> bool:

@@ -9,16 +9,22 @@ PLAN = {"proceed": True, "reason": "2 of 3", "branch": "run/x", "revision": "abc
 YES = {"approved": True, "reasons": ["faster"]}
 
 
+NO = {"approved": False, "reasons": ["worse", "slower"]}
+BY_ANN = {"approved": False, "by": "ann", "timed_out": False}
+TOO_LATE = {"approved": False, "by": None, "timed_out": True}
+PROMOTED = {"version": "3", "by": "ann"}
+
+
 @pytest.mark.parametrize(
     ("told", "word", "part"),
     [
-        (({**PLAN, "proceed": False, "reason": "nothing changed"}, None, None, None, None), "unchanged", "nothing changed"),
-        ((PLAN, {"approved": False, "reasons": ["worse", "slower"]}, None, None, None), "refused", "worse; slower"),
-        ((PLAN, YES, {"approved": False, "by": "ann", "timed_out": False}, None, None), "rejected", "rejected by ann"),
-        ((PLAN, YES, {"approved": False, "by": None, "timed_out": True}, None, None), "rejected", "no answer in time"),
-        ((PLAN, YES, {"approved": True, "by": "ann"}, {"version": "3", "by": "ann"}, {"how": "merged"}), "promoted", "version 3, approved by ann; merged"),
+        (({**PLAN, "proceed": False}, None, None, None, None), "unchanged", "2 of 3"),
+        ((PLAN, NO, None, None, None), "refused", "worse; slower"),
+        ((PLAN, YES, BY_ANN, None, None), "rejected", "rejected by ann"),
+        ((PLAN, YES, TOO_LATE, None, None), "rejected", "no answer in time"),
+        ((PLAN, YES, {}, PROMOTED, {"how": "merged"}), "promoted", "version 3, approved by ann; merged"),
     ],
-)  # fmt: skip
+)
 def test_each_end_has_its_word(told, word, part):
     ended = outcome.conclude(*told)
     assert ended["outcome"] == word
