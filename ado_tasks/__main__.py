@@ -7,12 +7,15 @@ section of the params file, its seed the file's `seed`. Both drivers, DVC and Ai
 import argparse
 import importlib
 import inspect
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ado_tasks.errors import AdoError, ConfigError
+from ado_tasks.report import Reporter, StopWhen, Tee
 
 # What each task is for; `ado --help` shows it. Tasks are imported only when they are run: --help stays quick.
 TASKS = {
@@ -123,11 +126,32 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
         told = {**paths, **extra}
         with (
             storage.named_storage_errors(tracking.HOME),  # the record is written too, and the disk may be full
-            tracking.recorded(options.section, name, settings, told, measured=name in MEASURED) as report,
+            tracking.recorded(options.section, name, settings, told, measured=name in MEASURED) as recorder,
+            stopped_between_steps() as stopper,
         ):
-            result = function(settings, **paths, **extra, report=report)
+            result = function(settings, **paths, **extra, report=Tee((recorder, stopper)))
     print(f"{options.section}: {result}", file=sys.stderr)
     return 0
+
+
+@contextmanager
+def stopped_between_steps() -> Iterator[Reporter]:
+    """Yield a reporter that ends the work at its next report of progress after a SIGTERM, or at once after a second.
+
+    So a task that keeps checkpoints keeps one of the step that it has reached.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield StopWhen(lambda: bool(asked))
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _path_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

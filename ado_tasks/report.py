@@ -7,7 +7,7 @@ and to a JSONL record, from which MLflow is filled later.
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO, runtime_checkable
@@ -20,7 +20,11 @@ class Reporter(Protocol):
     """What a task may say."""
 
     def progress(self, done: int, total: int, **figures: float) -> None:
-        """`done` of `total` steps are finished; figures such as the current loss."""
+        """`done` of `total` steps are finished; figures such as the current loss.
+
+        Raises:
+            KeyboardInterrupt: the work is to stop here; what checkpoints are kept of may keep one first.
+        """
         ...
 
     def metric(self, name: str, value: float, step: int | None = None) -> None:
@@ -44,6 +48,24 @@ class _Silent:
 
 
 SILENT: Reporter = _Silent()
+
+
+@dataclass(frozen=True)
+class StopWhen:
+    """Says nothing; ends the work at a report of progress once `asked` is true."""
+
+    asked: Callable[[], bool]
+
+    def progress(self, done: int, total: int, **figures: float) -> None:
+        """Raise KeyboardInterrupt if it was asked to."""
+        if self.asked():
+            raise KeyboardInterrupt
+
+    def metric(self, name: str, value: float, step: int | None = None) -> None:
+        """Say nothing."""
+
+    def picture(self, name: str, path: Path) -> None:
+        """Say nothing."""
 
 
 @dataclass

@@ -106,3 +106,26 @@ def test_three_kills(unbroken, tmp_path: Path, task: str) -> None:
 @pytest.mark.parametrize("task", list(COMMANDS))
 def test_twenty_kills(unbroken, tmp_path: Path, task: str) -> None:
     check_kills(unbroken, tmp_path, task, times=20, seed=1)
+
+
+def test_sigterm_keeps_the_step_that_was_reached(tmp_path: Path) -> None:
+    sums = {}
+    for name in ("unbroken", "stopped"):
+        workspace = tmp_path / name
+        workspace.mkdir()
+        rarely = PARAMS.replace("steps: 60", "steps: 200").replace("checkpoint_every: 10", "checkpoint_every: 1000")
+        (workspace / "params.yaml").write_text(rarely)
+        finish(workspace, "prepare", "--out", "data")
+        if name == "stopped":
+            process = start(workspace, *COMMANDS["train"])
+            while not any("training_loss" in said.read_text() for said in workspace.glob(".ado/runs/*/events.jsonl")):
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.terminate()
+            _, errors = process.communicate()
+            assert process.returncode == 130, errors.decode()
+            (kept,) = workspace.glob("scratch/*/step-*.safetensors")
+            assert 25 <= int(kept.stem.removeprefix("step-")) < 200
+        finish(workspace, *COMMANDS["train"])
+        sums[name] = sha256_tree(workspace / OUTPUT["train"])
+    assert sums["stopped"] == sums["unbroken"]

@@ -45,6 +45,7 @@ class Loop:
 
         Raises:
             DivergenceError: a loss is not finite. Names the step, the loss and the last good checkpoint.
+            KeyboardInterrupt: the reporter raised it, to stop the run; a checkpoint of this very step is kept.
         """
         self.curves = {"training": [], **({"validation": []} if self.validate else {})}
         start = self._resume(step)
@@ -54,14 +55,25 @@ class Loop:
             done = index + 1
             last = done == self.steps
             # Before a checkpoint too: only what is finite is kept, and a resumed run averages over the same steps.
-            if last or done % CHECK_EVERY == 0 or done % self.checkpoint_every == 0:
+            looked = last or done % CHECK_EVERY == 0 or done % self.checkpoint_every == 0
+            if looked:
                 self._check(losses, done)
                 losses = []
             if self.validate and (last or done % self.validate_every == 0):
                 self._note("validation", done, self.validate(step))
             if done % self.checkpoint_every == 0 and not last:
                 self.checkpoints.save(done, self._state(step, done))
+            if looked:
+                self._tell(step, done)
         return self.curves
+
+    def _tell(self, step: TrainStep, done: int) -> None:
+        try:
+            loss = self.curves["training"][-1][1]
+            self.report.progress(self.report_offset + done, self.report_total or self.steps, loss=loss)
+        except KeyboardInterrupt:
+            self.checkpoints.save(done, self._state(step, done))
+            raise
 
     def _check(self, losses: list[mx.array], done: int) -> None:
         values = [float(np.array(loss)) for loss in losses]
@@ -71,9 +83,7 @@ class Loop:
                 good = self.checkpoints.last_step()
                 kept = f"the last good checkpoint is of step {good}" if good else "there is no checkpoint before it"
                 raise DivergenceError(f"{self.name}: the loss is {value} at step {at} of {self.steps}; {kept}")
-        mean = float(np.mean(values))
-        self._note("training", done, mean)
-        self.report.progress(self.report_offset + done, self.report_total or self.steps, loss=mean)
+        self._note("training", done, float(np.mean(values)))
 
     def _note(self, curve: str, step: int, value: float) -> None:
         rounded = float(np.float32(value))  # as a checkpoint keeps it

@@ -1,6 +1,6 @@
 """Carry the records below the current folder to MLflow, as a script: ready before it is needed, quick when it is.
 
-MLflow takes seconds to import. So this process is started with a stage and waits, at the lowest priority, until the
+MLflow takes seconds to import. So this process is started with a stage and waits, at a lower priority, until the
 stage has ended; then a line on its standard input sends it off. It prints {record: {"run_id", "experiment_id"}}.
 """
 

@@ -26,7 +26,7 @@ from ado_tasks.stores import Store, open_store
 PARKED = "records/"  # in the store
 _MODULE = "ado_tasks.orchestration.record_upload"
 _PACKAGE = Path(__file__).resolve().parents[2]
-_PATIENCE_S = 15.0  # for one stage's record, after the stage has ended
+_PATIENCE_S = 30.0  # for one stage's record, after the stage has ended
 _FEW = 16  # figures and pictures in a task's result: it has to stay under 4 kB
 _NAME_CHARACTERS = 60
 
@@ -113,7 +113,7 @@ def _start(
         "GIT_PYTHON_REFRESH": "quiet",
     }
     return subprocess.Popen(
-        ["nice", "-n", "19", sys.executable, "-P", "-m", _MODULE, *(arguments or [])], cwd=tree, env=environment,
+        ["nice", "-n", "5", sys.executable, "-P", "-m", _MODULE, *(arguments or [])], cwd=tree, env=environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=descriptors,
     )  # fmt: skip
 

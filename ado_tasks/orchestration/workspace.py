@@ -232,12 +232,20 @@ def _remote(config: configparser.ConfigParser, endpoints: Endpoints, home: Path 
 
 
 def pull(tree: Path) -> None:
-    """Bring everything that the lock files of a workspace name into it (`dvc pull`).
+    """Bring everything that the lock files of a workspace name, and what `dvc add` tracks, into it.
 
     Raises:
         StorageError: the remote cannot be reached, or lacks a file.
     """
-    command = [sys.executable, "-P", "-m", "dvc", "pull", "--quiet"]
+    tracked = _git("-C", str(tree), "ls-files", "*.dvc").splitlines()
+    locked = []
+    for path in sorted(tree.rglob("dvc.lock")):
+        folder = path.parent.relative_to(tree).as_posix()
+        stages = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
+        locked += [f"{folder}/dvc.yaml:{name}" if folder != "." else name for name in stages]
+    if not tracked and not locked:
+        return
+    command = [sys.executable, "-P", "-m", "dvc", "pull", *tracked, *locked]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise StorageError(f"dvc pull: {done.stderr.strip() or done.stdout.strip()}")

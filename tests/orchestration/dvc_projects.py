@@ -1,5 +1,6 @@
 """DVC projects made on the spot, and machines that share a store and a remote with each other and nothing else."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,9 +25,11 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def dvc(folder: Path, *arguments: str) -> str:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # stages say `python`
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-P", "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": path, "ADO_SYNC": "manual"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
