@@ -12,12 +12,16 @@ upper 95 % Clopper-Pearson bound of approvals at exactly the margin <= 6 %; appr
 
 import argparse
 import json
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a process a core: threads inside would only wait for each other
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -37,7 +41,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of the margin, that a challenger i
 BARS = (0.0, 1.0)  # shares that have one; the others draw the curve, with a fifth of the trials
 BOUND_BAR, POWER_BAR = 0.06, 0.80  # issue 3
 DRIFT, GENERATIONS, CHAINS = 0.5, 12, 100  # each promotion loses half a margin; how long does it go on?
-PAIRS = {"the same noise": simulation.same_noise, "independent noise": simulation.independent}
+IDENTICAL = "the same noise"  # without a difference the two are then one model, which the gate refuses by its bytes
+PAIRS = {IDENTICAL: simulation.same_noise, "independent noise": simulation.independent}
 
 
 @dataclass(frozen=True)
@@ -100,20 +105,26 @@ def approved(margin: float, champion: Interval, anchor: Interval) -> bool:
     return gate(challenger, {"version": "1", "model_sha256": "2"}, GatePolicy()).approved
 
 
-def approvals(world: World, share: float, pair: Any, trials: int, rng: np.random.Generator) -> int:
+def approvals(world: World, share: float, noise: str, trials: int) -> int:
     """In how many trials a challenger that much worse is approved; the champion is the anchor too."""
+    rng = np.random.default_rng([SEED, round(100 * share), len(noise)])
     challenger = world.challenger(share)
     count = 0
     for _ in range(trials):
-        drawn: Pair = pair(challenger, world.champion, world.n, rng)
+        drawn: Pair = PAIRS[noise](challenger, world.champion, world.n, rng)
         interval = kid_difference(*drawn, world.real.draw(world.m, rng))
         count += approved(world.margin, interval, interval)
     return count
 
 
-def drift(world: World, anchored: bool, rng: np.random.Generator) -> float:
-    """Margins lost by one chain of promotions of which each loses DRIFT, until the gate refuses (or GENERATIONS)."""
+def drifts(world: World, anchored: bool, chains: int) -> list[float]:
+    """Margins lost by chains of promotions of which each loses DRIFT, until the gate refuses (or GENERATIONS)."""
+    rng = np.random.default_rng([SEED, int(anchored)])
     models = [world.challenger(DRIFT * generation) for generation in range(GENERATIONS + 1)]
+    return [_chain(world, models, anchored, rng) for _ in range(chains)]
+
+
+def _chain(world: World, models: list[Mixture], anchored: bool, rng: np.random.Generator) -> float:
     for generation in range(1, GENERATIONS + 1):
         noise = models[0].noise(world.n, rng)
         challenger, champion, anchor = (models[index].push(*noise) for index in (generation, generation - 1, 0))
@@ -162,6 +173,10 @@ def save_picture(path: Path, lines: list[dict[str, Any]]) -> None:
     save_figure(path, figure)
 
 
+def _summary(lost: list[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(lost)), "most": max(lost), "chains": len(lost)}
+
+
 def main() -> int:
     """Run the trials; exit code 1 where a bar is missed."""
     parser = argparse.ArgumentParser(description="Error rates of the gate in simulated trials.")
@@ -176,21 +191,23 @@ def main() -> int:
     world, lines, good = World.stored(), [], True
     sizes = f"{world.n} samples a model, {world.m} real images, at most {options.trials} trials a line"
     print(f"margin {world.margin:.4f}, {sizes}")
-    for name, pair in PAIRS.items():
-        for index, share in enumerate(SHARES):
-            rng, start = np.random.default_rng([SEED, index, len(name)]), time.perf_counter()
-            trials = options.trials if share in BARS else max(1, options.trials // 5)
-            rate = proportion_interval(approvals(world, share, pair, trials, rng), trials)
+    wanted = [(name, share) for name in PAIRS for share in SHARES if share or name != IDENTICAL]
+    start = time.perf_counter()
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        chains = max(1, CHAINS * options.trials // 2000)
+        lost_by = {how: pool.submit(drifts, world, how == "anchored", chains) for how in ("anchored", "without anchor")}
+        counts = [options.trials if share in BARS else max(1, options.trials // 5) for _, share in wanted]
+        lines_wanted = list(zip(wanted, counts, strict=True))
+        running = [pool.submit(approvals, world, share, name, trials) for (name, share), trials in lines_wanted]
+        for (name, share), trials, job in zip(wanted, counts, running, strict=True):
+            rate = proportion_interval(job.result(), trials)
             lines.append({"pair": name, "share": share, "trials": trials, "approved": asdict(rate)})
             good &= (share != 1.0 or rate.high <= BOUND_BAR) and (share != 0.0 or rate.value >= POWER_BAR)
             text = f"{name:17s} {share:.2f} margins worse: approved {rate.value:.4f} [{rate.low:.4f}, {rate.high:.4f}]"
-            print(f"{text}  {trials} trials, {time.perf_counter() - start:.0f} s", flush=True)
-    lost = {}
-    for anchored in (True, False):
-        rng = np.random.default_rng([SEED, int(anchored)])
-        chain = [drift(world, anchored, rng) for _ in range(max(1, CHAINS * options.trials // 2000))]
-        lost["with the anchor" if anchored else "without"] = {"mean": float(np.mean(chain)), "most": max(chain)}
+            print(f"{text}  {trials} trials", flush=True)
+        lost = {how: _summary(job.result()) for how, job in lost_by.items()}
     print(f"each promotion {DRIFT} margins worse, at most {GENERATIONS}: margins lost until refused: {lost}")
+    print(f"{time.perf_counter() - start:.0f} s")
     if options.json:
         options.json.write_text(json.dumps({"lines": lines, "drift": lost}, indent=1) + "\n")
     if options.picture:
