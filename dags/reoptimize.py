@@ -95,16 +95,17 @@ def commit_lock(run_id: str, ti: Any) -> str:
 @task.short_circuit(ignore_downstream_trigger_rules=False, doc_md="Is the challenger better? The log has the table.")
 def gate(revision: str, ti: Any) -> bool:
     """Judge the challenger; a refusal skips what follows."""
-    from ado_tasks.orchestration import effects, tables
+    from ado_tasks.gate import as_text
+    from ado_tasks.orchestration import effects
 
     with airflow_tasks.named_failures():
         verdict = effects.judge(
             revision, places=airflow_tasks.places_of(ROOT), root=airflow_tasks.scratch_of(ROOT)
         )  # fmt: skip
-    text = tables.verdict(verdict)
+    text = as_text(verdict)
     print(text)
     ti.xcom_push("verdict", verdict)
-    ti.xcom_push("question", "\n".join([text, "", *(f"- [picture]({url})" for url in _pictures(_results(ti)))]))
+    ti.xcom_push("question", "\n".join([text, "", *(f"- [{_name(url)}]({url})" for url in _pictures(_results(ti)))]))
     return verdict["approved"]
 
 
@@ -172,6 +173,10 @@ def _plan(ti: Any) -> dict[str, Any]:
 
 def _results(ti: Any) -> list[dict[str, Any]]:
     return [ti.xcom_pull(task_ids=f"stages.{stage.task_id}") for stage in GRAPH.stages]
+
+
+def _name(picture: str) -> str:
+    return picture.partition("path=")[2].partition("&")[0].rpartition("/")[2] or picture
 
 
 def _pictures(results: list[dict[str, Any]]) -> list[str]:

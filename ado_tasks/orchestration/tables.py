@@ -14,18 +14,6 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def verdict(found: Mapping[str, Any]) -> str:
-    """A gate's verdict: the word, the reasons, the table of checks."""
-    word = "approved" if found["approved"] else "refused"
-    reasons = "\n".join(f"- {reason}" for reason in found["reasons"])
-    marks = {True: "yes", False: "NO", None: "–"}
-    rows = [
-        (check["name"], check["found"], check["required"], marks[check["passed"]]) for check in found.get("table", [])
-    ]
-    table = markdown(("check", "challenger", "required", "held"), rows) if rows else ""
-    return f"The challenger is **{word}** by the gate.\n\n{reasons}\n\n{table}".rstrip()
-
-
 def stages(results: Sequence[Mapping[str, Any]]) -> str:
     """What each stage of a run took, and the sum."""
     rows = [
