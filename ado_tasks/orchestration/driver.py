@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ado_tasks.errors import StorageError
 from ado_tasks.orchestration.failures import StageError, StageInterruptedError, command_failed
 
 _SCRIPT = Path(__file__).with_name("dvc_stage.py")
+_LOCKS = Path(".dvc/tmp/upstream-locks.json")  # in the workspace
 _GRACE_S = 25.0  # for a stage that was asked to stop: to write its checkpoint, and to push what it had finished
 _LOOK_EVERY_S = 0.2
 
@@ -39,7 +40,7 @@ def drive(
     tree: Path,
     name: str,
     *,
-    upstream: list[str],
+    upstream: Mapping[str, Mapping[str, Any]],
     force: bool,
     while_running: WhileRunning,
     stopping: threading.Event,
@@ -48,9 +49,9 @@ def drive(
     """Do one stage in the workspace `tree`.
 
     Args:
-        tree: its folder; its lock files hold the entries of `upstream`.
+        tree: its folder.
         name: the stage.
-        upstream: names of the stages that it reads from.
+        upstream: lock entries of the stages that it reads from, by name.
         force: run it even where its result is known.
         while_running: see WhileRunning.
         stopping: set it to stop the stage: it is told SIGTERM, and killed after a grace period.
@@ -88,12 +89,16 @@ def _named(name: str, told: dict[str, Any]) -> StageError | StorageError:
 class _Process:
     """The script, in a session of its own: a signal to its group reaches the stage's command as well."""
 
-    def __init__(self, tree: Path, name: str, upstream: list[str], force: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, tree: Path, name: str, upstream: Mapping[str, Any], force: bool, say: Callable[[str], None]
+    ) -> None:
+        locks = tree / _LOCKS
+        locks.parent.mkdir(parents=True, exist_ok=True)
+        locks.write_text(json.dumps(upstream))
         ours, theirs = os.pipe()
         # -P: neither the script's folder nor the workspace is on the module path of DVC's own process.
         command = [sys.executable, "-P", str(_SCRIPT), name, "--talk", str(theirs)]
-        command += ["--force"] if force else []
-        command += ["--upstream", *upstream]
+        command += ["--locks", str(locks), *(["--force"] if force else [])]
         self._popen = subprocess.Popen(
             command, cwd=tree, env=_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, pass_fds=[theirs], start_new_session=True, text=True, errors="replace",

@@ -14,7 +14,7 @@ from ado_tasks.errors import AdoError, ArtifactError
 from ado_tasks.orchestration import records
 from ado_tasks.orchestration.checkpoints import SCRATCH, CheckpointMirror
 from ado_tasks.orchestration.driver import drive
-from ado_tasks.orchestration.workspace import merge_locks, workspace
+from ado_tasks.orchestration.workspace import workspace
 from ado_tasks.stores import Store, open_store
 
 _INLINE_BYTES = 1500  # of a lock entry; a longer one goes to the store (an XCom value is kept under 4 kB)
@@ -67,11 +67,10 @@ def run_stage(
     store = open_store(endpoints.store)
     entries = {other: load_lock(lock, store) for other, lock in upstream_locks.items()}
     with workspace(revision, endpoints, workspace_root) as tree:
-        merge_locks(tree, entries)
         job = _Job(name, tree, endpoints, store, say)
         try:
             outcome = drive(
-                tree, name, upstream=list(entries), force=force, while_running=job.surroundings,
+                tree, name, upstream=entries, force=force, while_running=job.surroundings,
                 stopping=stopping or threading.Event(), say=say,
             )  # fmt: skip
         except AdoError:

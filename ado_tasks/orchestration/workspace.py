@@ -16,13 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from ado_tasks.endpoints import Endpoints
 from ado_tasks.errors import AdoError, ConfigError, StorageError
 from ado_tasks.orchestration.failures import WorkspaceError
 from ado_tasks.stores import open_store
 
+_YAML = YAML()  # DVC's own library: what PyYAML reads of its files is not always the same (1e-05, on, off)
 _LOCK = ".lock"  # beside each workspace, in the folder that holds both
 _TREE = "tree"
 _GIT_PATIENCE_S = 600.0
@@ -72,10 +73,11 @@ def merge_locks(tree: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """
     for name, entry in entries.items():
         path = tree / lock_file(name)
-        lock = yaml.safe_load(path.read_text()) if path.exists() else None
+        lock = _YAML.load(path.read_text()) if path.exists() else None
         lock = lock or {"schema": "2.0", "stages": {}}
         lock.setdefault("stages", {})[bare_name(name)] = dict(entry)
-        path.write_text(yaml.safe_dump(lock, sort_keys=False, width=10_000, allow_unicode=True))
+        with path.open("w") as file:
+            _YAML.dump(lock, file)
 
 
 def lock_file(name: str) -> Path:
@@ -241,7 +243,7 @@ def pull(tree: Path) -> None:
     locked = []
     for path in sorted(tree.rglob("dvc.lock")):
         folder = path.parent.relative_to(tree).as_posix()
-        stages = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
+        stages = (_YAML.load(path.read_text()) or {}).get("stages", {})
         locked += [f"{folder}/dvc.yaml:{name}" if folder != "." else name for name in stages]
     if not tracked and not locked:
         return

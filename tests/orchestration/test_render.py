@@ -151,7 +151,7 @@ def test_a_task_runs_its_stage_with_the_locks_of_those_above(fleet: Fleet) -> No
     first = dag.get_task("stages.first").execute({"ti": Instance({})})
     second = dag.get_task("stages.second").execute({"ti": Instance({"stages.first": first})})
     assert second["lock"]["deps"][0]["md5"] == first["lock"]["outs"][0]["md5"]
-    with pytest.raises(AirflowFailException, match="StageError: bad: .*ConfigError"):
+    with pytest.raises(AirflowFailException, match=r"StageError: bad: .*ConfigError"):
         dag.get_task("stages.bad").execute({"ti": Instance({})})
     with pytest.raises(AirflowException, match="StageError: shaky: 'exit 1' ended with 1") as caught:
         dag.get_task("stages.shaky").execute({"ti": Instance({})})
