@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -22,7 +22,8 @@ from ado_tasks.interop.diffusers_folder import StoredModel, read_model, write_mo
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.batches import images_of_step, labels_of
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
-from ado_tasks.optimise.loop import Curve, Loop
+from ado_tasks.optimise.loop import Curve, Loop, Step
+from ado_tasks.optimise.matching import Matching, MatchingConfig, MatchingStep
 from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
 from ado_tasks.optimise.steps import TrainStep
 from ado_tasks.parallel import sharded_apply
@@ -32,6 +33,7 @@ from ado_tasks.storage import atomic_folder, sha256_tree, write_json
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+V = TypeVar("V", int, float)
 
 
 @config
@@ -49,6 +51,7 @@ class DistillConfig:
     charbonnier: Annotated[float, Field(ge=0)] = 0.0  # c of √(w‖·‖² + c²) − c, a pixel; 0: the paper's squared error
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
     checkpoint_every: Annotated[int, Field(ge=1)] = 250  # steps
+    matching: MatchingConfig | None = None  # what each student learns after its stage: see optimise/matching.py
 
     @model_validator(mode="after")
     def _stages_divide(self) -> Self:
@@ -59,21 +62,35 @@ class DistillConfig:
                 )
         if not self.student_steps:
             raise ValueError("student_steps: at least one stage is required")
-        for name in ("stage_steps", "learning_rate"):
-            given = getattr(self, name)
-            if isinstance(given, tuple) and len(given) != len(self.student_steps):
+        given = {"stage_steps": self.stage_steps, "learning_rate": self.learning_rate}
+        if self.matching:
+            given |= {"matching.steps": self.matching.steps, "matching.learning_rate": self.matching.learning_rate}
+        for name, values in given.items():
+            if isinstance(values, tuple) and len(values) != len(self.student_steps):
                 raise ValueError(
-                    f"{name}: {len(given)} given for {len(self.student_steps)} stages; one number, or one each"
+                    f"{name}: {len(values)} given for {len(self.student_steps)} stages; one number, or one each"
                 )
         return self
 
     def steps_of(self, stage: int) -> int:
         """Optimiser steps of a stage."""
-        return self.stage_steps[stage] if isinstance(self.stage_steps, tuple) else self.stage_steps
+        return _of_stage(self.stage_steps, stage)
 
     def rate_of(self, stage: int) -> float:
         """Learning rate at the start of a stage."""
-        return self.learning_rate[stage] if isinstance(self.learning_rate, tuple) else self.learning_rate
+        return _of_stage(self.learning_rate, stage)
+
+    def matching_steps_of(self, stage: int) -> int:
+        """Steps of distribution matching after a stage."""
+        return self.matching.steps[stage] if self.matching else 0
+
+    def total_steps(self) -> int:
+        """Optimiser steps of everything."""
+        return sum(self.steps_of(stage) + self.matching_steps_of(stage) for stage in range(len(self.student_steps)))
+
+
+def _of_stage(given: V | tuple[V, ...], stage: int) -> V:
+    return given[stage] if isinstance(given, tuple) else given
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,9 @@ def distill(
     report: Reporter = SILENT,
 ) -> DistillResult:
     """Distil a teacher progressively (Salimans & Ho 2022, algorithm 2) and write one Diffusers folder a student.
+
+    Where `matching` says so, a student's samples are then brought to the first teacher's distribution (Yin et al.
+    2024), and it is that student which teaches the next.
 
     Args:
         config: see DistillConfig.
@@ -122,12 +142,16 @@ def distill(
 
     curves: dict[str, Curve] = {}
     weights: dict[int, Any] = {}
-    parameters = stored.unet.parameters()
+    first = parameters = stored.unet.parameters()
     for number, (before, after) in enumerate(pairwise((config.teacher_steps, *config.student_steps))):
         stage = Stage(config, number, Interval(after, before // after), schedule, kind, seed)
         checkpoints = Checkpoints.under(scratch, key + f"-{after}")
-        parameters, curves[f"{after} steps"] = stage.run(stored.unet, parameters, part, checkpoints, report)
-        weights[after] = parameters
+        student, curves[f"{after} steps"] = stage.run(stored.unet, parameters, part, checkpoints, report)
+        if config.matching_steps_of(number):
+            checkpoints = Checkpoints.under(scratch, key + f"-{after}-matched")
+            student, curve = stage.match(stored.unet, student, parameters, first, part, checkpoints, report)
+            curves[f"{after} steps, matching"] = curve
+        parameters = weights[after] = student
 
     with atomic_folder(out) as folder:
         for steps, student in weights.items():
@@ -138,6 +162,7 @@ def distill(
     report.picture("distillation", out / "distillation.png")
     for after in config.student_steps:
         Checkpoints.under(scratch, key + f"-{after}").clear()
+        Checkpoints.under(scratch, key + f"-{after}-matched").clear()
     return DistillResult(
         config.student_steps, {steps: curves[f"{steps} steps"][-1][1] for steps in config.student_steps}
     )
@@ -158,24 +183,46 @@ class Stage:
         self, unet: UNet2D, teacher: Any, part: Split, checkpoints: Checkpoints, report: Reporter
     ) -> tuple[Any, Curve]:
         """Teach a student that starts from its teacher's weights; returns its weights and the loss curve."""
-        steps = [self.config.steps_of(stage) for stage in range(len(self.config.student_steps))]
         frozen = UNet2D(unet.config)
         frozen.update(teacher)
         targets = self.targets(frozen)
         step = TrainStep(self.loss(unet), teacher, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
-        loop = Loop(
-            name=f"distill_{self.interval.student_steps}",
-            steps=steps[self.number],
-            batch_of=lambda index: self.batch(part, targets, index),
-            learning_rate_of=self.learning_rate_at,
-            checkpoints=checkpoints,
-            checkpoint_every=self.config.checkpoint_every,
-            report=report,
-            report_offset=sum(steps[: self.number]),
-            report_total=sum(steps),
-        )
-        curve = loop.run(step)["training"]
+        curve = self._repeat(
+            step, f"distill_{self.interval.student_steps}", self.config.steps_of(self.number),
+            lambda index: self.batch(part, targets, index), self.learning_rate_at, checkpoints, report, 0,
+        )  # fmt: skip
         return step.parameters(), curve
+
+    def match(
+        self, unet: UNet2D, student: Any, before: Any, first: Any, part: Split, checkpoints: Checkpoints,
+        report: Reporter,
+    ) -> tuple[Any, Curve]:  # fmt: skip
+        """Bring the stage's student to the first teacher's distribution; returns its weights and the loss curve."""
+        assert self.config.matching is not None
+        matching = Matching(
+            self.config.matching, self.interval, self.config.matching_steps_of(self.number),
+            _of_stage(self.config.matching.learning_rate, self.number), self.schedule, self.kind,
+            self.seed, self.config.charbonnier,
+        )  # fmt: skip
+        step = MatchingStep(matching, unet, student, before, first, self.config.clip, self.config.shards)
+        curve = self._repeat(
+            step, f"match_{self.interval.student_steps}", matching.steps, lambda index: matching.batch(part, index),
+            matching.learning_rate_at, checkpoints, report, self.config.steps_of(self.number),
+        )  # fmt: skip
+        return step.parameters(), curve
+
+    def _repeat(
+        self, step: Step, name: str, steps: int, batch_of: Callable[[int], Mapping[str, mx.array]],
+        rate_of: Callable[[int], float], checkpoints: Checkpoints, report: Reporter, offset: int,
+    ) -> Curve:  # fmt: skip
+        """Run the loop; progress counts the steps of all stages."""
+        done = sum(self.config.steps_of(each) + self.config.matching_steps_of(each) for each in range(self.number))
+        loop = Loop(
+            name=name, steps=steps, batch_of=batch_of, learning_rate_of=rate_of, checkpoints=checkpoints,
+            checkpoint_every=self.config.checkpoint_every, report=report,
+            report_offset=done + offset, report_total=self.config.total_steps(),
+        )  # fmt: skip
+        return loop.run(step)["training"]
 
     def learning_rate_at(self, step: int) -> float:
         """Linear to 0 within the stage (Salimans & Ho 2022, appendix): exactly 0 at its last step."""
@@ -238,7 +285,9 @@ class Stage:
 
 
 def _record(stored: StoredModel, config: DistillConfig, steps: int, seed: int) -> dict[str, Any]:
-    done = {"task": "distill", "method": "progressive", "steps": steps, "config": as_plain(config), "seed": seed}
+    matched = config.matching_steps_of(config.student_steps.index(steps)) > 0
+    method = "progressive, matching" if matched else "progressive"
+    done = {"task": "distill", "method": method, "steps": steps, "config": as_plain(config), "seed": seed}
     return {
         "history": [*stored.record.get("history", []), done],
         "sampler": {"solver": "ddim", "steps": steps, "grid": "uniform_time"},

@@ -9,6 +9,7 @@ from ado_tasks.config import parse
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.distill import DistillConfig, Stage, distill
 from ado_tasks.errors import ConfigError
+from ado_tasks.optimise.matching import MatchingConfig
 from ado_tasks.optimise.progressive import Interval
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.storage import load_arrays, read_json
@@ -34,8 +35,9 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(config, dataset=folder / "data", out=folder / "teacher", scratch=folder / "scratch", seed=0)
     for name, every in (("often", 15), ("never", 1000)):
         config = DistillConfig(
-            teacher_steps=8, student_steps=STAGES, stage_steps=STEPS, batch_size=32, checkpoint_every=every
-        )
+            teacher_steps=8, student_steps=STAGES, stage_steps=STEPS, batch_size=32, checkpoint_every=every,
+            matching=MatchingConfig(steps=(0, 20, 20), batch_size=16),
+        )  # fmt: skip
         distill(
             config, teacher=folder / "teacher", dataset=folder / "data", out=folder / name,
             scratch=folder / "scratch", seed=0,
@@ -57,10 +59,22 @@ def test_checkpoints_change_nothing(taught: Path, steps: int) -> None:
 
 def test_each_stage_starts_from_its_first_step_and_has_losses_of_its_own(taught: Path) -> None:
     curves = read_json(taught / "often" / "curves.json")
-    assert list(curves) == [f"{steps} steps" for steps in STAGES]
+    assert list(curves) == ["4 steps", "2 steps", "2 steps, matching", "1 steps", "1 steps, matching"]
     starts = [tuple(curve[0]) for curve in curves.values()]
     assert {step for step, _ in starts} == {15}  # losses are noted at each checkpoint
-    assert len({loss for _, loss in starts}) == len(STAGES)
+    assert len({loss for _, loss in starts}) == len(curves)
+
+
+def test_the_history_says_which_students_were_matched(taught: Path) -> None:
+    said = {steps: read_json(taught / "often" / str(steps) / "ado.json")["history"][-1]["method"] for steps in STAGES}
+    assert said == {4: "progressive", 2: "progressive, matching", 1: "progressive, matching"}
+
+
+def test_matching_is_told_for_each_student() -> None:
+    with pytest.raises(ConfigError, match=r"matching\.steps: 2 given for 4 stages"):
+        parse(DistillConfig, {"matching": {"steps": [0, 5]}}, "distill.progressive")
+    with pytest.raises(ConfigError, match=r"matching\.batch_size"):
+        parse(DistillConfig, {"matching": {"steps": [0, 0, 0, 5], "batch_size": 1}}, "distill.progressive")
 
 
 def test_each_student_is_another_network(taught: Path) -> None:

@@ -26,7 +26,8 @@ train:
   validate_every: 20
   checkpoint_every: 10
 distill:
-  progressive: {teacher_steps: 4, student_steps: [2, 1], stage_steps: 30, batch_size: 16, checkpoint_every: 10}
+  progressive: {teacher_steps: 4, student_steps: [2, 1], stage_steps: 30, batch_size: 16, checkpoint_every: 10,
+                matching: {steps: [0, 30], batch_size: 8}}
 """
 COMMANDS = {
     "train": ["train", "--dataset", "data", "--out", "models/teacher", "--scratch", "scratch"],

@@ -2,18 +2,35 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ado_tasks.backend import mx
 from ado_tasks.errors import DivergenceError
 from ado_tasks.optimise.checkpoints import Checkpoints
-from ado_tasks.optimise.steps import TrainStep
 from ado_tasks.report import Reporter
 
 Curve = list[tuple[int, float]]
 Batch = Mapping[str, mx.array]
+
+
+class Step(Protocol):
+    """What the loop repeats: `TrainStep`, or anything that keeps its state as it does."""
+
+    def __call__(self, batch: Batch, learning_rate: float) -> mx.array:
+        """Take one step; the loss before it."""
+        ...
+
+    @property
+    def state(self) -> dict[str, mx.array]:
+        """All that a later run needs to go on."""
+        ...
+
+    def load(self, state: Mapping[str, mx.array]) -> None:
+        """Go on from such a state."""
+        ...
+
 
 CHECK_EVERY = 25  # steps between looks at the losses: each look waits for the device
 _STEP, _CURVE = "progress.step", "curve."  # names of what is not weights in a checkpoint
@@ -36,11 +53,11 @@ class Loop:
     report: Reporter
     report_offset: int = 0  # steps done before this loop, where it is a part of a longer task
     report_total: int | None = None
-    validate: Callable[[TrainStep], float] | None = None
+    validate: Callable[[Any], float] | None = None
     validate_every: int = 500
     curves: dict[str, Curve] = field(default_factory=dict)
 
-    def run(self, step: TrainStep) -> dict[str, Curve]:
+    def run(self, step: Step) -> dict[str, Curve]:
         """Go from the last checkpoint, if there is one, to the last step; returns the curves.
 
         Raises:
@@ -67,7 +84,7 @@ class Loop:
                 self._tell(step, done)
         return self.curves
 
-    def _tell(self, step: TrainStep, done: int) -> None:
+    def _tell(self, step: Step, done: int) -> None:
         try:
             loss = self.curves["training"][-1][1]
             self.report.progress(self.report_offset + done, self.report_total or self.steps, loss=loss)
@@ -90,11 +107,11 @@ class Loop:
         self.curves[curve].append((step, rounded))
         self.report.metric(f"{self.name}.{curve}_loss", rounded, step)
 
-    def _state(self, step: TrainStep, done: int) -> dict[str, mx.array]:
+    def _state(self, step: Step, done: int) -> dict[str, mx.array]:
         curves = {_CURVE + name: mx.array(points) for name, points in self.curves.items() if points}
         return {**step.state, **curves, _STEP: mx.array(done)}
 
-    def _resume(self, step: TrainStep) -> int:
+    def _resume(self, step: Step) -> int:
         found = self.checkpoints.latest()
         if found is None:
             return 0

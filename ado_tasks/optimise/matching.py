@@ -1,0 +1,211 @@
+"""Distribution matching: a few-step student is moved until its samples are spread as its teacher's are.
+
+Yin et al. 2024a (DMD, arXiv:2311.18828): the gradient of KL(student's samples ‖ teacher's) is the difference of two
+scores at noised samples. One is the teacher's; the other a *critic*'s, a copy of the teacher that keeps learning to
+denoise what the student makes. A student that regresses on its teacher's pictures blurs those it cannot place; this
+mends that, in a small part of the training that regression takes. Two time-scales (a critic that learns faster than
+the student) instead of a large set of stored pairs: Yin et al. 2024b (DMD2, arXiv:2405.14867), §4.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from ado_tasks import rng
+from ado_tasks.backend import mx
+from ado_tasks.config import config
+from ado_tasks.datasets.shards import Split
+from ado_tasks.diffusion import losses
+from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
+from ado_tasks.diffusion.parameterisation import expand
+from ado_tasks.diffusion.schedules import NoiseSchedule
+from ado_tasks.models.unet import UNet2D
+from ado_tasks.optimise.batches import images_of_step, labels_of
+from ado_tasks.optimise.progressive import Interval, distillation_target, student_step
+from ado_tasks.optimise.steps import TrainStep
+from ado_tasks.parallel import Parts, Tree
+
+Rate = Annotated[float, Field(gt=0, lt=1)]
+Time = Annotated[float, Field(gt=0, lt=1)]
+Batch = Mapping[str, mx.array]
+
+TINY = 1e-6  # against 0/0 where a sample is the teacher's x̂ already
+
+
+@config
+class MatchingConfig:
+    """How a distilled student's samples are brought to its teacher's distribution."""
+
+    steps: tuple[
+        Annotated[int, Field(ge=0)], ...
+    ]  # of the student, one number for each student; 0: it is left as it is
+    batch_size: Annotated[int, Field(ge=2)] = 32  # samples a step
+    learning_rate: Rate | tuple[Rate, ...] = 3e-4  # of the student, falls to 0; one number, or one for each student
+    critic_learning_rate: Rate = 3e-3  # falls to half
+    regression: Annotated[float, Field(ge=0)] = 0.05  # weight of staying near what the stage's teacher makes
+    lowest_time: Time = 0.02  # samples are noised to times between
+    highest_time: Time = 0.98  # these (Yin et al. 2024a, §3.2)
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.95  # decay of the averaged weights, which are what is kept
+
+
+def matching_target(x: mx.array, teacher: mx.array, critic: mx.array) -> mx.array:
+    """Where each sample should move: x − (critic's x̂ − teacher's x̂)/mean|x − teacher's x̂|. Shapes (B, …); no gradient.
+
+    Half the squared distance to it has the gradient of Yin et al. 2024a, eq. 7, with the weight of eq. 8: the same for
+    every sample and noise level. Where critic and teacher agree, it is x itself.
+    """
+    scale = mx.mean(mx.abs(x - teacher).reshape(x.shape[0], -1), axis=1)
+    return mx.stop_gradient(x - (critic - teacher) / expand(mx.maximum(scale, TINY), x))
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The matching of one student: what its steps see, and the functions they are made of."""
+
+    config: MatchingConfig
+    interval: Interval  # of the student's stage: N student steps, each in the place of K of its own teacher's
+    steps: int
+    learning_rate: float
+    schedule: NoiseSchedule
+    kind: str
+    seed: int
+    charbonnier: float  # c of the regression's distance, as in the stage before; 0: squared
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear to 0."""
+        return self.learning_rate * (1 - step / max(1, self.steps - 1))
+
+    def batch(self, part: Split, step: int) -> dict[str, mx.array]:
+        """Noise to sample from, labels as frequent as in the train part, and two noise levels with their noises."""
+        n, size = self.interval.student_steps, self.config.batch_size
+        rows = images_of_step(len(part), size, rng.derive(self.seed, "match", n), step)
+        drawn = {"noise": mx.random.normal((size, *part.shape), key=rng.key(self.seed, "match", n, "noise", step))}
+        low, high = self.config.lowest_time, self.config.highest_time
+        for name in ("student", "critic"):
+            generator = rng.generator(self.seed, "match", n, name, step)
+            times = low + (high - low) * (generator.permutation(size) + generator.random()) / size  # one a stratum
+            drawn[f"{name}_time"] = mx.array(times.astype(np.float32))
+            key = rng.key(self.seed, "match", n, f"{name} noise", step)
+            drawn[f"{name}_noise"] = mx.random.normal((size, *part.shape), key=key)
+        return {**drawn, **labels_of(part, rows)}
+
+    # --- on arrays
+
+    def denoiser(self, net: UNet2D, weights: Tree, batch: Batch) -> Denoiser:
+        """The network with these weights, and the batch's labels bound."""
+        labels = [batch["labels"]] if "labels" in batch else []
+
+        def apply(z: mx.array, timestep: mx.array) -> mx.array:
+            net.update(weights)
+            return net(z, timestep, *labels)
+
+        return make_denoiser(apply, self.schedule, self.kind)
+
+    def noised(self, x: mx.array, times: mx.array, noise: mx.array) -> mx.array:
+        """z_t = α_t x + σ_t ε."""
+        alpha, sigma = self.schedule.alpha_sigma(times)
+        return expand(alpha, x) * x + expand(sigma, x) * noise
+
+    def lesson(self, net: UNet2D, weights: Mapping[str, Tree], batch: Batch) -> dict[str, mx.array]:
+        """What student and critic learn from, without gradient.
+
+        The student samples; only its last step learns, from where its own earlier steps led (DMD2's backward
+        simulation). The critic learns to denoise the sample.
+        """
+        z, n, k = batch["noise"], self.interval.student_steps, self.interval.teacher_substeps
+        student = self.denoiser(net, weights["student"], batch)
+        times = [mx.broadcast_to(mx.array(self.interval.times(np.array([i])), mx.float32), (len(z), k + 1))
+                 for i in range(n)]  # fmt: skip
+        for i in reversed(range(1, n)):
+            z = student_step(student(z, times[i][:, 0]), z, times[i], self.schedule)
+        x = student(z, times[0][:, 0])
+        noisy = self.noised(x, batch["student_time"], batch["student_noise"])
+        by = {name: self.denoiser(net, weights[name], batch)(noisy, batch["student_time"])
+              for name in ("teacher", "critic")}  # fmt: skip
+        found = {"z": z, "t": times[0][:, 0], "sample": x, "target": matching_target(x, by["teacher"], by["critic"])}
+        if self.config.regression:
+            before = self.denoiser(net, weights["before"], batch)
+            found["regression"] = distillation_target(before, z, times[0], self.schedule)
+        return found
+
+    def student_loss(self, net: UNet2D) -> Callable[[Tree, Batch], mx.array]:
+        """½‖x − target‖² and, weighted, the distance to what the stage's teacher makes: means over pixels."""
+        c = self.charbonnier
+
+        def loss(weights: Tree, batch: Batch) -> mx.array:
+            x = self.denoiser(net, weights, batch)(batch["z"], batch["t"])
+            ones = mx.ones(x.shape[0])
+            matched = 0.5 * losses.weighted_squared_error(x, batch["target"], ones)
+            if not self.config.regression:
+                return mx.mean(matched)
+            near = (losses.weighted_charbonnier_error(x, batch["regression"], ones, c) if c
+                    else losses.weighted_squared_error(x, batch["regression"], ones))  # fmt: skip
+            return mx.mean(matched + self.config.regression * near)
+
+        return loss
+
+    def critic_loss(self, net: UNet2D) -> Callable[[Tree, Batch], mx.array]:
+        """The teacher's own training loss, ‖v̂ − v‖², on the student's samples (Yin et al. 2024a, eq. 6)."""
+
+        def loss(weights: Tree, batch: Batch) -> mx.array:
+            times = batch["critic_time"]
+            noisy = self.noised(batch["sample"], times, batch["critic_noise"])
+            x_hat = self.denoiser(net, weights, batch)(noisy, times)
+            weight = losses.v(self.schedule.log_snr(times))
+            return mx.mean(losses.weighted_squared_error(x_hat, batch["sample"], weight))
+
+        return loss
+
+
+class MatchingStep:
+    """One step of the student and one of its critic, as one step of `Loop`; the state of both is its state."""
+
+    def __init__(
+        self, matching: Matching, net: UNet2D, student: Tree, before: Tree, teacher: Tree, clip: float, shards: int
+    ) -> None:
+        """From a student that regression has taught, the model that taught it, and the first teacher."""
+        self._matching = matching
+        # A network of its own for each function: what is compiled must not meet another's weights.
+        nets = [UNet2D(net.config) for _ in range(3)]
+        self._student = TrainStep(
+            matching.student_loss(nets[0]), student, clip=clip, ema_decay=matching.config.average, shards=shards
+        )
+        self._critic = TrainStep(matching.critic_loss(nets[1]), teacher, clip=clip, ema_decay=None, shards=shards)
+        self._held = {"teacher": teacher, "before": before}
+        self._lesson = Parts(lambda weights, batch: matching.lesson(nets[2], weights, batch), shards)
+        self._done = 0
+
+    def __call__(self, batch: Batch, learning_rate: float) -> mx.array:
+        """One step of each; the student's loss."""
+        weights = {**self._held, "student": self._student.parameters(), "critic": self._critic.parameters()}
+        parts = [found for _, found in self._lesson(weights, batch)]
+        learned = {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
+        labels = {"labels": batch["labels"]} if "labels" in batch else {}
+        seen = {name: learned[name] for name in ("z", "t", "target", "regression") if name in learned}
+        loss = self._student({**seen, **labels}, learning_rate)
+        noised = {name: batch[name] for name in ("critic_time", "critic_noise")}
+        self._critic({"sample": learned["sample"], **noised, **labels}, self._critic_rate())
+        self._done += 1
+        return loss
+
+    def _critic_rate(self) -> float:
+        return self._matching.config.critic_learning_rate * (1 - 0.5 * self._done / max(1, self._matching.steps))
+
+    @property
+    def state(self) -> dict[str, mx.array]:
+        """Of both, by name."""
+        both = {"student": self._student.state, "critic": self._critic.state}
+        return {f"{who}.{name}": array for who, state in both.items() for name, array in state.items()}
+
+    def load(self, state: Mapping[str, mx.array]) -> None:
+        """Go on from a checkpoint's state. Raises ArtifactError where it does not fit."""
+        for who, step in (("student.", self._student), ("critic.", self._critic)):
+            step.load({name.removeprefix(who): array for name, array in state.items() if name.startswith(who)})
+        self._done = int(np.array(state["student.step"]))
+
+    def parameters(self) -> Any:
+        """The student's averaged weights."""
+        return self._student.averaged_parameters()
