@@ -1,13 +1,17 @@
-"""`ado compare`: the reports as one table: every variant, its quality with intervals, its cost and speed-up."""
+"""`ado compare`: the reports as one table: every variant, its quality with intervals, its cost and speed-up.
+
+With --runs, the last evaluations in MLflow side by side: architectures and sampling methods, as table and picture.
+"""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ado_tasks.errors import ConfigError
 from ado_tasks.storage import read_json
 
 WIDTH = 150  # characters, where no terminal says: all columns in full
@@ -30,13 +34,17 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="ado compare", description=__doc__)
     parser.add_argument("--reports", type=Path, default=Path("reports"), help="folder (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="as Markdown, for a README")
+    parser.add_argument("--runs", type=int, metavar="N", help="instead: the last N evaluations in MLflow, side by side")
+    parser.add_argument("--out", type=Path, default=Path("reports/runs.png"), help="with --runs: the picture")
     options = parser.parse_args(arguments)
+    if options.runs is not None:
+        return _across_runs(options.runs, options.out, options.markdown)
     quality = read_json(options.reports / "evaluate.json")
     cost_file = options.reports / "measure.json"
     cost = {row["name"]: row for row in read_json(cost_file)["variants"]} if cost_file.exists() else {}
     rows = [row_of(entry, cost.get(entry["name"])) for entry in quality["variants"]]
     if options.markdown:
-        print(as_markdown(rows))
+        print(as_markdown(rows, COLUMNS))
     else:
         _print(rows)
     for line in closing_lines(quality, cost, options.reports):
@@ -64,10 +72,32 @@ def row_of(entry: dict[str, Any], cost: dict[str, Any] | None) -> dict[str, str]
     }
 
 
-def as_markdown(rows: Sequence[dict[str, str]]) -> str:
+def as_markdown(rows: Sequence[dict[str, str]], columns: Mapping[str, str]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*lines, *("| " + " | ".join(row[name] for name in COLUMNS) + " |" for row in rows)])
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row[name] for name in columns) + " |" for row in rows)])
+
+
+def _across_runs(count: int, picture: Path, markdown: bool) -> int:
+    """Print the variants of several runs as one table, and save their picture."""
+    from ado_tasks import comparison  # noqa: PLC0415  (MLflow: 4 s)
+    from ado_tasks.endpoints import endpoints  # noqa: PLC0415
+
+    if count < 1:
+        raise ConfigError(f"--runs: {count} is not allowed: a whole number from 1")
+    rows = comparison.last_runs(endpoints().mlflow_uri, count)
+    cells = [row.cells() for row in rows]
+    if markdown:
+        print(as_markdown(cells, comparison.COLUMNS))
+    else:
+        _table(cells, comparison.COLUMNS, "run")
+    comparison.save_comparison(picture, rows)
+    if len({row.features for row in rows}) > 1:
+        print(
+            "\nKID and FD of rows with different features were measured by different networks: compare speed-ups only."
+        )
+    print(f"picture: {picture}")
+    return 0
 
 
 def closing_lines(quality: dict[str, Any], cost: dict[str, Any], reports: Path) -> list[str]:
@@ -89,17 +119,22 @@ def closing_lines(quality: dict[str, Any], cost: dict[str, Any], reports: Path) 
 
 
 def _print(rows: Sequence[dict[str, str]]) -> None:
+    _table([{**row, "family": row["variant"].rpartition("-")[0]} for row in rows], COLUMNS, "family")
+
+
+def _table(rows: Sequence[dict[str, str]], columns: Mapping[str, str], group: str) -> None:
+    """Print rows as a table; a line between rows whose cell `group` differs."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, title in COLUMNS.items():
-        table.add_column(title, justify="left" if name in {"variant", "solver"} else "right", no_wrap=name == "variant")
-    family = None
+    words = {"variant", "solver", "run", "started", "architecture", "method", "features"}
+    for name, title in columns.items():
+        table.add_column(title, justify="left" if name in words else "right", no_wrap=name in {"variant", "run"})
+    last = None
     for row in rows:
-        if family not in {None, row["variant"].rpartition("-")[0]}:
+        if last not in {None, row[group]}:
             table.add_section()
-        family = row["variant"].rpartition("-")[0]
-        style = "green" if row["verdict"] == "yes" else None
-        table.add_row(*(row[name] for name in COLUMNS), style=style)
+        last = row[group]
+        table.add_row(*(row[name] for name in columns), style="green" if row.get("verdict") == "yes" else None)
     console.print(table)
