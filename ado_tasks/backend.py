@@ -61,6 +61,7 @@ def numeric_fingerprint() -> dict[str, str]:
         "machine": platform.machine(),
         "blas": BLAS,
         "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
+        "blas_kernels": os.environ.get("OPENBLAS_CORETYPE", "default"),
         "compiled": str(HAS_CPU_COMPILER or not on_cpu()),
         "mlx": version("mlx"),
     }

@@ -8,8 +8,8 @@ batch stays whole.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from itertools import pairwise
+from threading import local
 from typing import Any, Generic, TypeVar
 
 from ado_tasks.backend import mx, on_cpu
@@ -26,10 +26,15 @@ if on_cpu():
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
 
 
-@cache
+_streams = local()
+
+
 def _stream(number: int) -> mx.Stream:
-    """The stream of part `number`. MLX ties a stream to the thread that made it: use this module from one thread."""
-    return mx.new_stream(mx.cpu)
+    """The stream of part `number` in this thread: MLX ties a stream to the thread that made it."""
+    made: dict[int, mx.Stream] = _streams.__dict__.setdefault("made", {})
+    if number not in made:
+        made[number] = mx.new_stream(mx.cpu)
+    return made[number]
 
 
 class SideBySide(Generic[R]):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -82,3 +83,13 @@ def test_the_process_ends_well_after_use() -> None:
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout.strip()) == (0, "32.0"), done.stderr
+
+
+def test_another_thread_has_streams_of_its_own() -> None:
+    """As a server has, which loads a model in a thread while the main thread computed before it."""
+    double = sharded_apply(lambda x: x * 2, 2)
+    x = mx.arange(4.0)
+    mx.eval(x)
+    with ThreadPoolExecutor(1) as pool:
+        here, there = double(x), pool.submit(lambda: np.array(sharded_apply(lambda x: x * 2, 2)(x))).result()
+    np.testing.assert_array_equal(here, there)
