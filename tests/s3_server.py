@@ -52,10 +52,10 @@ def kind() -> str:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
-    """Start a server whose data lies in `folder`; it is gone when the block ends."""
+def s3_server(folder: Path, port: int | None = None) -> Iterator[S3Server]:
+    """Start a server whose data lies in `folder`, on a free port by default; it is gone when the block ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (_radosgw if real_server_installed() else _moto)(folder, free_port()) as server:
+    with (_radosgw if real_server_installed() else _moto)(folder, port or free_port()) as server:
         yield server
 
 

@@ -28,6 +28,7 @@ def apply(text: str, overrides: Mapping[str, Any], where: str = "params.yaml") -
     yaml.width = 4096  # no line is folded that was not
     params = yaml.load(text)
     yaml.representer.add_representer(float, _represent_float)
+    yaml.representer.add_representer(type(None), _represent_none)
     for name, value in overrides.items():
         _set(params, name, _quoted(value), where)
     stream = StringIO()
@@ -42,15 +43,25 @@ def _represent_float(representer: Any, value: float) -> Any:
     return representer.represent_scalar("tag:yaml.org,2002:float", text)
 
 
+def _represent_none(representer: Any, _: None) -> Any:
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
 def _quoted(value: Any) -> Any:
-    """Texts in quotes: `on`, `null` and `1:30` are no texts to readers of YAML 1.1."""
+    """Texts in quotes: `on`, `null` and `1:30` are no texts to readers of YAML 1.1. Lists and mappings on one line."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq  # noqa: PLC0415
     from ruamel.yaml.scalarstring import DoubleQuotedScalarString  # noqa: PLC0415
 
     if isinstance(value, str):
         return DoubleQuotedScalarString(value)
     if isinstance(value, Mapping):
-        return {_quoted(key): _quoted(inner) for key, inner in value.items()}
-    return [_quoted(inner) for inner in value] if isinstance(value, list) else value
+        made: Any = CommentedMap({_quoted(key): _quoted(inner) for key, inner in value.items()})
+    elif isinstance(value, list):
+        made = CommentedSeq(_quoted(inner) for inner in value)
+    else:
+        return value
+    made.fa.set_flow_style()
+    return made
 
 
 def _set(params: Any, name: str, value: Any, where: str) -> None:

@@ -61,6 +61,10 @@ class Airflow:
         found = self.ask("GET", f"/dags/{dag}/dagRuns/{run}/taskInstances")["task_instances"]
         return {task["task_id"]: task["state"] for task in found}
 
+    def tries(self, dag: str, run: str, task: str) -> int:
+        """How often the task began."""
+        return self.ask("GET", f"/dags/{dag}/dagRuns/{run}/taskInstances/{task}")["try_number"]
+
     def result(self, dag: str, run: str, task: str, key: str = "return_value") -> Any:
         path = f"/dags/{dag}/dagRuns/{run}/taskInstances/{task}/xcomEntries/{key}"
         return self.ask("GET", f"{path}?deserialize=true")["value"]
@@ -86,6 +90,26 @@ class Airflow:
                     return value
             time.sleep(0.5)
         raise AssertionError(f"no answer; the launcher said:\n{self.log.read_text()}")
+
+
+def secret_of(folder: Path) -> str:
+    """What a worker shows to the Airflow of this folder."""
+    return (folder / ".ado/airflow/secret").read_text().strip()
+
+
+@contextmanager
+def worker(folder: Path, **variables: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """`make worker` in a folder, ended with SIGTERM."""
+    command = [sys.executable, "-m", "ado_tasks.orchestration.launch", "worker"]
+    with (folder.parent / f"{folder.name}-worker.log").open("wb") as output:
+        launcher = subprocess.Popen(
+            command, cwd=folder, env=environment(**variables), stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            yield launcher
+        finally:
+            launcher.send_signal(signal.SIGTERM)
+            launcher.wait()
 
 
 @contextmanager
