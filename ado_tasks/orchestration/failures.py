@@ -7,9 +7,11 @@ from ado_tasks.errors import (
     DataError,
     DivergenceError,
     HardwareError,
+    PromotionError,
     StatisticsError,
     StorageError,
 )
+from ado_tasks.orchestration.git_flow import DirtyTreeError
 
 
 class GraphError(AdoError):
@@ -63,15 +65,21 @@ _PERMANENT_EXITS = {
 }  # fmt: skip
 _NAMED_EXITS = {**_PERMANENT_EXITS, **{error.exit_code: error for error in (StorageError, HardwareError)}}
 
+_FOR_A_PERSON = (
+    GraphError, ConfigError, DataError, DivergenceError, StatisticsError, DirtyTreeError, PromotionError,
+)  # fmt: skip
+
 
 def is_permanent(problem: BaseException) -> bool:
-    """Whether trying again would fail the same way: bad configuration or data, divergence, a graph that cannot run.
+    """Whether trying again would fail the same way, until a person mends it.
+
+    Bad configuration or data, divergence, a graph that cannot run, uncommitted changes, a promotion that is refused.
 
     Storage, network, a wrong machine and whatever is not known may pass.
     """
     if isinstance(problem, StageError):
         return problem.permanent
-    return isinstance(problem, GraphError | ConfigError | DataError | DivergenceError | StatisticsError)
+    return isinstance(problem, _FOR_A_PERSON)
 
 
 def command_failed(stage: str, command: str, exit_code: int) -> StageError:
