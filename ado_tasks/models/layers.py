@@ -39,14 +39,10 @@ class Conv2d(nn.Module):
         if bias:
             self.bias = mx.zeros((out_channels,))
 
-    def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
-        """(B, H, W, in) to (B, H', W', out); a `shift` (B, out) is added to every pixel of its image, bias and all."""
-        bias = self.get("bias")
-        if shift is None:
-            return ops.conv2d(x, self.weight, bias, stride=self.stride, padding=self.padding)
-        # One pass over the image instead of two, and in the gradient too.
-        shift = shift if bias is None else shift + bias
-        return ops.conv2d(x, self.weight, None, stride=self.stride, padding=self.padding) + shift[:, None, None, :]
+    def __call__(self, x: mx.array, *, biased: bool = True) -> mx.array:
+        """(B, H, W, in) to (B, H', W', out). Not `biased`: the bias is left to who adds more (see GroupNorm)."""
+        bias = self.get("bias") if biased else None
+        return ops.conv2d(x, self.weight, bias, stride=self.stride, padding=self.padding)
 
 
 class GroupNorm(nn.Module):
@@ -60,9 +56,9 @@ class GroupNorm(nn.Module):
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Same shape as x."""
-        return ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+    def __call__(self, x: mx.array, shift: mx.array | None = None) -> mx.array:
+        """Same shape as x; a `shift` (B, C) is added to every pixel of its image before."""
+        return ops.group_norm(x, self.groups, self.weight, self.bias, self.eps, shift)
 
 
 class LayerNorm(nn.Module):

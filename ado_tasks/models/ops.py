@@ -1,6 +1,6 @@
 """The array operations a U-Net is made of, each in the form that is fast on the device at hand. Images are NHWC.
 
-On Metal and CUDA these are MLX's own; on the CPU, in float32, those of `cpu_ops.py`.
+On Metal and CUDA these are MLX's own; on the CPU, in float32, those of `cpu_ops`.
 """
 
 from ado_tasks.backend import mx, on_cpu
@@ -32,11 +32,18 @@ def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None, stride: int = 1
     return y if bias is None else y + bias
 
 
-def group_norm(x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
-    """Group normalisation over the last axis of (B, ..., C); contiguous channels form a group, as in PyTorch."""
+def group_norm(
+    x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float, shift: mx.array | None = None
+) -> mx.array:
+    """Group normalisation over the last axis of (B, ..., C); contiguous channels form a group, as in PyTorch.
+
+    A `shift` (B, C) is added to every pixel of its image before.
+    """
     if _in_cpu_form(x):
-        return cpu_ops.group_norm(x, groups, weight, bias, eps)
+        return cpu_ops.group_norm(x, groups, weight, bias, eps, shift)
     shape = x.shape
+    if shift is not None:
+        x = x + shift.reshape(shape[0], *[1] * (x.ndim - 2), shape[-1])
     y = x.reshape(shape[0], -1, groups, shape[-1] // groups)
     mean = mx.mean(y, axis=(1, 3), keepdims=True)
     var = mx.var(y, axis=(1, 3), keepdims=True)
@@ -50,8 +57,27 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def self_attention(x: mx.array, weights: list[mx.array], biases: list[mx.array], heads: int, scale: float) -> mx.array:
+    """softmax(q kᵀ · scale) v for q, k, v = x W_iᵀ + b_i, x (B, L, C) and W (heads·D, C), to (B, L, heads·D)."""
+    if _in_cpu_form(x):
+        return cpu_ops.self_attention(x, weights, biases, heads, scale)
+    b, length, _ = x.shape
+    q, k, v = (
+        linear(x, weight, bias).reshape(b, length, heads, -1).transpose(0, 2, 1, 3)
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    return attention(q, k, v, scale).transpose(0, 2, 1, 3).reshape(b, length, -1)
+
+
 def upsample_nearest(x: mx.array) -> mx.array:
     """Twice the height and width of (B, H, W, C), each pixel repeated."""
     b, h, w, c = x.shape
     x = mx.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
     return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def upsample_conv2d(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """Twice the height and width, each pixel repeated, then a convolution with (O, 3, 3, C) and padding 1."""
+    if _in_cpu_form(x):
+        return cpu_ops.upsample_conv2d(x, weight, bias)
+    return conv2d(upsample_nearest(x), weight, bias, padding=1)

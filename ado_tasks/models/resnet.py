@@ -77,7 +77,8 @@ class ResnetBlock2D(nn.Module):
             scale, shift = mx.split(embedding[:, None, None, :], 2, axis=-1)
             hidden = self.norm2(self.conv1(hidden)) * (1 + scale) + shift
         else:
-            hidden = self.norm2(self.conv1(hidden, shift=embedding))
+            # The norm takes both on its way: no pass over the image for them, in the gradient neither.
+            hidden = self.norm2(self.conv1(hidden, biased=False), shift=embedding + self.conv1.bias)
         hidden = self.conv2(condition.dropout.drop(activate(hidden), self.options.dropout))
         if "conv_shortcut" in self:
             x = self.conv_shortcut(x)
@@ -133,15 +134,11 @@ class Attention(nn.Module):
         hidden = x.reshape(b, h * w, c)
         if "group_norm" in self:
             hidden = self.group_norm(hidden)
-        q, k, v = (self._heads(project(hidden)) for project in (self.to_q, self.to_k, self.to_v))
-        hidden = ops.attention(q, k, v, self.head_width**-0.5)
-        hidden = hidden.transpose(0, 2, 1, 3).reshape(b, h * w, -1)
+        projections = (self.to_q, self.to_k, self.to_v)
+        weights, biases = [each.weight for each in projections], [each.bias for each in projections]
+        hidden = ops.self_attention(hidden, weights, biases, self.heads, self.head_width**-0.5)
         hidden = self.to_out[0](hidden).reshape(b, h, w, c)
         return _rescaled(x + hidden if self.residual else hidden, self.output_scale)
-
-    def _heads(self, x: mx.array) -> mx.array:
-        """(B, L, heads·d) to (B, heads, L, d)."""
-        return x.reshape(*x.shape[:2], self.heads, self.head_width).transpose(0, 2, 1, 3)
 
 
 class AdaGroupNorm(nn.Module):

@@ -1,46 +1,15 @@
 """Each operation in both of its forms: against float64 NumPy, gradients against MLX's own of the plain formula."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from ops_checks import Function, agree, draw, gradients, relative
 
-from ado_tasks import rng
 from ado_tasks.backend import mx, on_cpu
 from ado_tasks.models import cpu_ops, ops
 
 pytestmark = pytest.mark.skipif(not on_cpu(), reason="compares the CPU forms")
-
-Function = Callable[..., mx.array]
-
-
-def draw(*shape: int, name: str = "x", scale: float = 1.0, offset: float = 0.0) -> mx.array:
-    return mx.random.normal(shape, key=rng.key(0, "ops", name, *shape)) * scale + offset
-
-
-def relative(found: mx.array, wanted: mx.array | np.ndarray) -> float:
-    wanted = np.asarray(wanted, dtype=np.float64)
-    return float(np.abs(np.asarray(found, dtype=np.float64) - wanted).max() / np.abs(wanted).max())
-
-
-def gradients(function: Function, arguments: Sequence[mx.array]) -> list[mx.array]:
-    """Of Σ r · function with a fixed random r, for each argument."""
-    weights = draw(*function(*arguments).shape, name="cotangent")
-    places = list(range(len(arguments)))
-    found = mx.grad(lambda *a: mx.sum(weights * function(*a)), argnums=places)(*arguments)
-    return list(found) if isinstance(found, tuple | list) else [found]
-
-
-def agree(fast: Function, plain: Function, arguments: Sequence[mx.array], tolerance: float = 3e-6) -> None:
-    """Value and every gradient, plain and inside `mx.compile`."""
-    wanted, wanted_gradients = plain(*arguments), gradients(plain, arguments)
-    for how in (lambda f: f, mx.compile):
-        assert relative(how(fast)(*arguments), wanted) < tolerance
-        found = how(lambda *a: gradients(fast, a))(*arguments)
-        for place, (one, other) in enumerate(zip(found, wanted_gradients, strict=True)):
-            assert one.shape == arguments[place].shape
-            assert relative(one, other) < tolerance, f"gradient {place}"
-
 
 # --- silu, exponential
 
@@ -213,59 +182,85 @@ def test_upsampling_repeats_each_pixel() -> None:
     assert (np.array(ops.upsample_nearest(x)) == np.repeat(np.repeat(np.array(x), 2, axis=1), 2, axis=2)).all()
 
 
-# --- which form
+def shifted_group_norm(groups: int) -> Function:
+    def plain(x: mx.array, weight: mx.array, bias: mx.array, shift: mx.array) -> mx.array:
+        spread = shift.reshape(x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
+        return plain_group_norm(x + spread, weight, bias, groups, 1e-3)
+
+    return plain
 
 
-def calls() -> list[tuple[Function, list[mx.array]]]:
-    image, kernel = draw(2, 4, 4, 4), draw(4, 3, 3, 4, name="w")
-    tokens = draw(2, 2, 6, 4)
-    return [
-        (ops.silu, [image]),
-        (lambda x, w: ops.conv2d(x, w, None, 1, 1), [image, kernel]),
-        (lambda x, w: ops.linear(x, w, None), [image, kernel[:, 0, 0]]),
-        (lambda x: ops.group_norm(x, 2, mx.ones(4), mx.zeros(4), 1e-5), [image]),
-        (lambda x: ops.attention(x, x, x, 0.5), [tokens]),
-    ]
-
-
-@pytest.mark.parametrize("number", range(5), ids=["silu", "conv2d", "linear", "group_norm", "attention"])
-def test_a_gpu_gets_mlx_s_own_operations(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    function, arguments = calls()[number]
-    on_this_cpu = np.array(function(*arguments))
-    monkeypatch.setattr(ops, "on_cpu", lambda: False)
-    for name in ("silu", "conv2d", "linear", "group_norm", "attention"):
-        monkeypatch.setattr(cpu_ops, name, None)  # calling it would fail
-    assert relative(function(*arguments), on_this_cpu) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
-def test_half_precision_is_left_to_mlx(dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("silu", "conv2d", "linear", "group_norm", "attention"):
-        monkeypatch.setattr(cpu_ops, name, None)
-    x, w, tokens = (
-        draw(2, 4, 4, 4).astype(dtype),
-        draw(4, 3, 3, 4, name="w").astype(dtype),
-        draw(2, 2, 6, 4).astype(dtype),
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize("shape", [(4, 6, 5, 12), (3, 9, 12), (2, 12), (1, 1, 3, 12)], ids=str)
+def test_group_norm_of_a_shifted_image(shape: tuple[int, ...], groups: int) -> None:
+    x, shift = draw(*shape, scale=3, offset=2), draw(shape[0], 12, name="s", scale=5)
+    weight, bias = draw(12, name="w"), draw(12, name="b")
+    wide = np.array(x) + np.array(shift).reshape(shape[0], *[1] * (len(shape) - 2), 12)
+    found = ops.group_norm(x, groups, weight, bias, 1e-3, shift)
+    assert relative(found, normalised(wide, groups, np.array(weight), np.array(bias), 1e-3)) < 3e-6
+    agree(
+        lambda x, weight, bias, shift: ops.group_norm(x, groups, weight, bias, 1e-3, shift),
+        shifted_group_norm(groups),
+        [x, weight, bias, shift],
+        tolerance=2e-5,
     )
-    ones = mx.ones(4).astype(dtype)
-    results = [
-        ops.silu(x),
-        ops.conv2d(x, w, None, 1, 1),
-        ops.linear(x, w[:, 0, 0], None),
-        ops.group_norm(x, 2, ones, ones, 1e-5),
-        ops.attention(tokens, tokens, tokens, 0.5),
-    ]
-    assert all(result.dtype == dtype and np.isfinite(np.array(result.astype(mx.float32))).all() for result in results)
 
 
-def test_equal_calls_give_equal_bytes() -> None:
-    x, weight = draw(3, 8, 8, 5), draw(4, 3, 3, 5, name="w")
+def test_a_shift_changes_nothing_that_a_mean_of_one_group_takes_off() -> None:
+    """One group and the same shift everywhere: the mean takes it off, and no gradient comes back."""
+    x, shift = draw(2, 4, 4, 6), mx.ones((2, 6)) * 7
+    weight, bias = draw(6, name="w"), draw(6, name="b")
+    assert relative(ops.group_norm(x, 1, weight, bias, 1e-5, shift), ops.group_norm(x, 1, weight, bias, 1e-5)) < 1e-5
+    found = gradients(lambda shift: ops.group_norm(x, 1, weight, bias, 1e-5, shift), [shift])[0]
+    assert np.abs(np.array(found).sum(axis=1)).max() < 1e-4
 
-    def run() -> bytes:
-        found = gradients(
-            lambda x, w: ops.silu(ops.group_norm(ops.conv2d(x, w, None, 1, 1), 2, mx.ones(4), mx.zeros(4), 1e-5)),
-            [x, weight],
+
+@pytest.mark.parametrize("spread", [1.0, 8.0], ids=["ordinary", "peaked"])
+@pytest.mark.parametrize("shape", [(2, 10, 6, 3, 4), (3, 4, 5, 1, 4), (3, 7, 5, 2, 2)], ids=str)
+def test_self_attention(shape: tuple[int, ...], spread: float) -> None:
+    b, length, c, heads, d = shape
+    x = draw(b, length, c)
+    weights = [draw(heads * d, c, name=name, scale=spread if name == "q" else 1) for name in "qkv"]
+    biases = [draw(heads * d, name=f"{name} bias") for name in "qkv"]
+
+    def plain(x: mx.array, *rest: mx.array) -> mx.array:
+        q, k, v = (
+            (x @ w.T + bias).reshape(b, length, heads, d).transpose(0, 2, 1, 3)
+            for w, bias in zip(rest[:3], rest[3:], strict=True)
         )
-        return b"".join(np.array(each).tobytes() for each in found)
+        out = mx.softmax(q @ k.swapaxes(-1, -2) * 0.5, axis=-1) @ v
+        return out.transpose(0, 2, 1, 3).reshape(b, length, -1)
 
-    assert run() == run()
+    def fast(x: mx.array, *rest: mx.array) -> mx.array:
+        return ops.self_attention(x, list(rest[:3]), list(rest[3:]), heads, 0.5)
+
+    def exact(x: np.ndarray, *rest: np.ndarray) -> np.ndarray:
+        q, k, v = (
+            (x.astype(np.float64) @ w.T + bias).reshape(b, length, heads, d).transpose(0, 2, 1, 3)
+            for w, bias in zip(rest[:3], rest[3:], strict=True)
+        )
+        return attended(q, k, v, 0.5).transpose(0, 2, 1, 3).reshape(b, length, -1)
+
+    arguments = [x, *weights, *biases]
+    assert relative(fast(*arguments), exact(*map(np.array, arguments))) < 1e-5 * spread**0.5
+    # A bias of k moves all scores of a query alike: its gradient is 0 but for rounding, and is held against the others.
+    others = [x, *weights, biases[0], biases[2]]
+    agree(
+        lambda *a: fast(*a[:5], biases[1], a[5]),
+        lambda *a: plain(*a[:5], biases[1], a[5]),
+        others,
+        tolerance=2e-5 * spread,
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 4), (3, 5), (6, 2)], ids=str)
+def test_convolution_of_a_doubled_image(size: tuple[int, int]) -> None:
+    x, weight, bias = draw(3, *size, 5), draw(4, 3, 3, 5, name="w"), draw(4, name="b")
+    doubled = np.repeat(np.repeat(np.array(x), 2, axis=1), 2, axis=2)
+    found = ops.upsample_conv2d(x, weight, bias)
+    assert relative(found, convolved(doubled, np.array(weight), 1, 1) + np.array(bias)) < 2e-6
+    agree(
+        ops.upsample_conv2d,
+        lambda x, weight, bias: mx.conv2d(ops.upsample_nearest(x), weight, padding=1) + bias,
+        [x, weight, bias],
+    )
