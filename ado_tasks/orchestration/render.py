@@ -95,6 +95,7 @@ class StageOperator(BaseOperator):
         """Run the stage. What another attempt would meet again fails at once; everything else is tried again."""
         from ado_tasks.endpoints import endpoints  # noqa: PLC0415
         from ado_tasks.errors import AdoError  # noqa: PLC0415
+        from ado_tasks.orchestration import tables  # noqa: PLC0415
         from ado_tasks.orchestration.failures import is_permanent  # noqa: PLC0415
         from ado_tasks.orchestration.stage import run_stage  # noqa: PLC0415
 
@@ -117,6 +118,8 @@ class StageOperator(BaseOperator):
             fails = AirflowFailException if is_permanent(problem) else AirflowException
             raise fails(f"{type(problem).__name__}: {problem}") from problem
         self.log.info("%s: %s", self.stage, "its result was known" if result.cached else f"ran {result.seconds:.1f} s")
+        if result.metrics:
+            print(tables.metrics(result.metrics))
         return result.as_plain()
 
     def on_kill(self) -> None:

@@ -14,6 +14,7 @@ from ado_tasks.errors import AdoError, ArtifactError
 from ado_tasks.orchestration import records
 from ado_tasks.orchestration.checkpoints import SCRATCH, CheckpointMirror
 from ado_tasks.orchestration.driver import drive
+from ado_tasks.orchestration.energy import Meter
 from ado_tasks.orchestration.workspace import workspace
 from ado_tasks.stores import Store, open_store
 
@@ -28,6 +29,7 @@ class StageResult:
     lock: dict[str, Any]  # its entry for dvc.lock, or {"store": key, "sha256": …} where that is long
     cached: bool  # its result was known: nothing ran
     seconds: float  # that its command took, here and now
+    joules: float | None = None  # that this machine took meanwhile, where it tells
     metrics: dict[str, float] = field(default_factory=dict)  # figures of the run that made the result
     mlflow_run: str | None = None
     mlflow_url: str | None = None  # the page of that run
@@ -77,7 +79,8 @@ def run_stage(
             job.record()  # a failed run is logged too
             raise
         about = _recall(store, outcome.lock) if outcome.cached else job.finish(outcome.lock)
-    return StageResult(name, store_lock(outcome.lock, store), outcome.cached, round(outcome.seconds, 3), **about)
+    lock = store_lock(outcome.lock, store)
+    return StageResult(name, lock, outcome.cached, round(outcome.seconds, 3), job.joules, **about)
 
 
 @dataclass
@@ -90,6 +93,7 @@ class _Job:
     store: Store
     say: Callable[[str], None]
     mirror: CheckpointMirror | None = None
+    joules: float | None = None
     uploader: "records.Uploader | None" = None
 
     @contextmanager
@@ -102,8 +106,10 @@ class _Job:
             self.say(f"{self.name}: goes on from an earlier attempt's checkpoints ({restored} files)")
         if "ado_tasks" in command:
             self.uploader = records.Uploader.start(self.tree, self.endpoints)
+        meter = Meter()
         with self.mirror.running():
             yield
+        self.joules = meter.joules()
 
     def finish(self, lock: Mapping[str, Any]) -> dict[str, Any]:
         """Log the run, forget its checkpoints, and remember what is to be shown when its result is found again."""
