@@ -100,6 +100,18 @@ def test_convolution(case: tuple[int, ...]) -> None:
     )
 
 
+@pytest.mark.parametrize("case", [(3, 1, 8, 8), (3, 0, 6, 5), (3, 2, 4, 3), (5, 2, 6, 8), (2, 0, 3, 4)], ids=str)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_convolution_of_few_channels(case: tuple[int, ...], channels: int) -> None:
+    kernel, padding, height, width = case
+    x, weight = draw(3, height, width, channels), draw(7, kernel, kernel, channels, name="w")
+    agree(
+        lambda x, weight: ops.conv2d(x, weight, None, 1, padding),
+        lambda x, weight: mx.conv2d(x, weight, padding=padding),
+        [x, weight],
+    )
+
+
 def test_convolution_adds_its_bias() -> None:
     x, weight, bias = draw(2, 4, 4, 3), draw(6, 3, 3, 3, name="w"), draw(6, name="b")
     agree(

@@ -51,13 +51,17 @@ def _convolution(stride: int, padding: int):
 
 
 def _stride_1_vjp(x: mx.array, weight: mx.array, gradient: mx.array, padding: int) -> tuple[mx.array, mx.array]:
-    """Both from the patches of the output's gradient: dx = patches · W flipped, dW = xᵀ · patches."""
+    """Both from the patches of the output's gradient: dx = patches · W flipped, dW = patchesᵀ · x, flipped."""
     o, kh, kw, c = weight.shape
     columns = patches(padded(gradient, kh - 1 - padding, kh - 1 - padding), (kh, kw), 1)
+    if 2 * c < o:  # few channels, and often no need for dx: an image that enters the network
+        rows = patches(padded(x, padding, padding), (kh, kw), 1)
+        dw = (gradient.reshape(-1, o).T @ rows).reshape(weight.shape)
+    else:
+        dw = (columns.T @ x.reshape(-1, c)).reshape(kh, kw, o, c)[::-1, ::-1].transpose(2, 0, 1, 3)
     flipped = weight[:, ::-1, ::-1, :].transpose(1, 2, 0, 3).reshape(kh * kw * o, c)
     dx = (columns @ flipped).reshape(x.shape)
-    dw = (x.reshape(-1, c).T @ columns).reshape(c, kh, kw, o)
-    return dx, dw[:, ::-1, ::-1, :].transpose(3, 1, 2, 0)
+    return dx, dw
 
 
 def _stride_2_vjp(x: mx.array, weight: mx.array, gradient: mx.array, padding: int) -> tuple[mx.array, mx.array]:
