@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -74,12 +75,22 @@ class Airflow:
         return "".join(path.read_text() for path in sorted(folder.glob("*.log")))
 
     def answer(self, dag: str, run: str, choice: str) -> None:
-        """Approve or reject, as a person does, once the question is there."""
-        self.until(lambda: self.states(dag, run).get("approval") == "awaiting_input")
-        # Airflow 3.3 asks again where the answer comes before its executor has noticed that the task is waiting.
-        time.sleep(5)
+        """Approve or reject, as a person does, each time that the question is there.
+
+        Airflow 3.3 asks again where an answer comes before its executor has noticed that the task is waiting, or where
+        the task could not report its end on a busy machine: a person then sees the question again.
+        """
         path = f"/dags/{dag}/dagRuns/{run}/taskInstances/approval/-1/hitlDetails"
-        self.ask("PATCH", path, {"chosen_options": [choice], "params_input": {}})
+
+        def answered() -> bool:
+            state = self.states(dag, run).get("approval")
+            if state == "awaiting_input":
+                time.sleep(5)
+                with suppress(urllib.error.HTTPError):  # answered meanwhile, and not asked again yet
+                    self.ask("PATCH", path, {"chosen_options": [choice], "params_input": {}})
+            return state in {"success", "failed", "skipped"}
+
+        self.until(answered)
 
     def until(self, found: Any) -> Any:
         deadline = time.monotonic() + PATIENCE_S
