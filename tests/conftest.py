@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import os
 import uuid
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, settings
 # A busy machine is slow, not wrong: hypothesis neither times examples nor judges how fast they are made.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+os.environ["ADO_SYNC"] = "manual"  # no uploader is left running in the background; tests of uploads start their own
 
 
 def pytest_report_header() -> str:

@@ -33,6 +33,8 @@ def _post(url: str, body: bytes) -> bool:
                 return True
         except (urllib.error.URLError, OSError, ValueError) as raised:
             problem = raised
+            if isinstance(raised, urllib.error.HTTPError):
+                raised.close()  # it holds the connection
             time.sleep(attempt)
     # An address may hold a token: only where it leads to is written down.
     log.warning("not told: %s (%s)", url.split("?", maxsplit=1)[0][:40], problem)
