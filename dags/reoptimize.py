@@ -126,7 +126,7 @@ def promote(registered: dict[str, Any], run_id: str, ti: Any) -> dict[str, Any]:
     """Returns the version, who approved it, and the promotion record."""
     from ado_tasks.orchestration import effects
 
-    approval = ti.xcom_pull(task_ids="approval")
+    approval = ti.xcom_pull(task_ids="approval", key="answer")
     with airflow_tasks.named_failures():
         return effects.promote(
             str(registered["version"]), ti.xcom_pull(task_ids="gate", key="verdict"), run_id=run_id,
@@ -159,7 +159,7 @@ def outcome(run_id: str, ti: Any) -> dict[str, Any]:
     places = airflow_tasks.places_of(ROOT)
     ended = effects.conclude(
         run_id, _plan(ti), places=places, verdict=ti.xcom_pull(task_ids="gate", key="verdict"),
-        approval=ti.xcom_pull(task_ids="approval"), promoted=ti.xcom_pull(task_ids="promote"),
+        approval=ti.xcom_pull(task_ids="approval", key="answer"), promoted=ti.xcom_pull(task_ids="promote"),
         merged=ti.xcom_pull(task_ids="merge"),
     )  # fmt: skip
     print(f"{ended['outcome']}: {ended['why']}")

@@ -80,17 +80,19 @@ class Airflow:
         Airflow 3.3 asks again where an answer comes before its executor has noticed that the task is waiting, or where
         the task could not report its end on a busy machine: a person then sees the question again.
         """
-        path = f"/dags/{dag}/dagRuns/{run}/taskInstances/approval/-1/hitlDetails"
+        task = f"/dags/{dag}/dagRuns/{run}/taskInstances/approval"
+        answered: set[int] = set()  # tries; a second answer to the same one would start the task anew
 
-        def answered() -> bool:
-            state = self.states(dag, run).get("approval")
-            if state == "awaiting_input":
+        def done() -> bool:
+            found = self.ask("GET", task)
+            if found["state"] == "awaiting_input" and found["try_number"] not in answered:
                 time.sleep(5)
-                with suppress(urllib.error.HTTPError):  # answered meanwhile, and not asked again yet
-                    self.ask("PATCH", path, {"chosen_options": [choice], "params_input": {}})
-            return state in {"success", "failed", "skipped"}
+                with suppress(urllib.error.HTTPError):
+                    self.ask("PATCH", f"{task}/-1/hitlDetails", {"chosen_options": [choice], "params_input": {}})
+                answered.add(found["try_number"])
+            return found["state"] in {"success", "failed", "skipped"}
 
-        self.until(answered)
+        self.until(done)
 
     def until(self, found: Any) -> Any:
         deadline = time.monotonic() + PATIENCE_S
