@@ -87,7 +87,7 @@ def test_the_same_bytes(project, make_fleet, tmp_path: Path, monkeypatch, wanted
     merge_locks(orchestrated, {name: entry for name, entry in fleet.lock_files()["dvc.lock"].items()})
     pull(orchestrated)
     expected = sums(graph, project.folder)
-    assert len(expected) == (2 if wanted else 11)
+    assert len(expected) == (2 if wanted else 10)
     assert sums(graph, tmp_path / "direct") == expected
     assert sums(graph, orchestrated) == expected
     assert not any(result.cached for result in results)
