@@ -7,6 +7,7 @@ section of the params file, its seed the file's `seed`. Both drivers, DVC and Ai
 import argparse
 import importlib
 import inspect
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ado_tasks.errors import AdoError, ConfigError
+from ado_tasks.errors import AdoError, ConfigError, StorageError
 from ado_tasks.report import Reporter, StopWhen, Tee
 
 # What each task is for; `ado --help` shows it. Tasks are imported only when they are run: --help stays quick.
@@ -119,6 +120,7 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
     paths = {p.name: getattr(options, p.name) for p in _path_parameters(function)}
     if "scratch" in paths and paths["scratch"] is None:
         paths["scratch"] = Path(".ado/scratch") / options.section
+    check_out(paths["out"], is_file=name in MEASURED)
     extra = {"seed": seed} if "seed" in inspect.signature(function).parameters else {}
     if name in UNRECORDED:
         result = function(settings, **paths, **extra)
@@ -132,6 +134,39 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
             result = function(settings, **paths, **extra, report=Tee((recorder, stopper)))
     print(f"{options.section}: {result}", file=sys.stderr)
     return 0
+
+
+def check_out(out: Path, *, is_file: bool) -> None:
+    """Whether a result may appear at `out`: asked before hours of work are done for it.
+
+    A folder of results replaces a former one as a whole, so it may not be, or hold, the folder that one works in.
+
+    Raises:
+        ConfigError: it would replace something that no task has made.
+        StorageError: nothing can be written there.
+    """
+    allowed = "a file, which may be there already" if is_file else "a folder, which may be there already"
+    with storage_errors(out):
+        if not is_file and Path.cwd().is_relative_to(out.resolve()):
+            raise ConfigError(f"--out {out}: the folder that this runs in would be replaced; allowed: {allowed}")
+        if out.is_symlink() and not out.exists():
+            raise ConfigError(f"--out {out}: a link that leads nowhere; allowed: {allowed}")
+        if out.exists() and out.is_file() != is_file:
+            raise ConfigError(f"--out {out}: is a {'folder' if is_file else 'file'}; allowed: {allowed}")
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise StorageError(f"{out}: {above} is not a folder, so nothing can be written there")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise StorageError(f"{out}: {above} cannot be written: permission denied, or read-only")
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Paths that cannot even be looked at: a name that is too long, links in a circle."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise StorageError(f"{str(path)[:300]}: {getattr(problem, 'strerror', None) or problem}") from None
 
 
 @contextmanager

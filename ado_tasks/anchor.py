@@ -65,11 +65,14 @@ def anchor(
         report: where progress and figures go.
 
     Raises:
+        ConfigError: the teacher makes other images than the dataset's, or has fewer classes.
         StatisticsError: the margin is not positive: few steps lose nothing, and there is nothing to preserve.
     """
     part = open_dataset(dataset).split("selection")
     extractor = load_features(features)
-    sampler = Sampler(read_model(teacher), config.batch_size, config.shards)
+    stored = read_model(teacher)
+    stored.unet.config.check_data(part.shape, part.num_classes, f"{teacher}/unet/config.json")
+    sampler = Sampler(stored, config.batch_size, config.shards)
     start = draw(seed, SELECTION, config.n_generated, part)
     fine = sampler(start, "ddim", grids.uniform_time(config.steps), report=report)
     coarse = sampler(start, "ddim", grids.uniform_time(config.coarse_steps))

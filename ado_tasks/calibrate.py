@@ -87,9 +87,11 @@ def calibrate(
 
     Raises:
         ArtifactError: the model or the dataset is damaged.
+        ConfigError: the model makes other images than the dataset's, or has fewer classes.
         DivergenceError: a sample is not finite.
     """
     stored, part = read_model(model), open_dataset(dataset).split("selection")
+    stored.unet.config.check_data(part.shape, part.num_classes, f"{model}/unet/config.json")
     fitted_on, validated_on = (
         _Trajectories(Sampler(stored, count, config.shards), draw(seed, name, count, part), config.points)
         for name, count in ((FIT, config.samples), (VALIDATE, config.validation_samples))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ado_tasks.errors import ConfigError
+from ado_tasks.gate import named_report_errors
 from ado_tasks.storage import read_json
 
 WIDTH = 150  # characters, where no terminal says: all columns in full
@@ -39,15 +40,18 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.runs is not None:
         return _across_runs(options.runs, options.out, options.markdown)
-    quality = read_json(options.reports / "evaluate.json")
+    quality = read_json(options.reports / "evaluate.json", "variants", "reference", "chosen")
     cost_file = options.reports / "measure.json"
-    cost = {row["name"]: row for row in read_json(cost_file)["variants"]} if cost_file.exists() else {}
-    rows = [row_of(entry, cost.get(entry["name"])) for entry in quality["variants"]]
+    with named_report_errors(f"{options.reports}/evaluate.json or measure.json"):
+        measured = read_json(cost_file, "variants")["variants"] if cost_file.exists() else []
+        cost = {row["name"]: row for row in measured}
+        rows = [row_of(entry, cost.get(entry["name"])) for entry in quality["variants"]]
+        closing = closing_lines(quality, cost, options.reports)
     if options.markdown:
         print(as_markdown(rows, COLUMNS))
     else:
         _print(rows)
-    for line in closing_lines(quality, cost, options.reports):
+    for line in closing:
         print(line)
     return 0
 

@@ -5,7 +5,8 @@ a `ConfigError` that names the key, the value and what is allowed.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
@@ -17,6 +18,8 @@ from pydantic.dataclasses import dataclass as _pydantic_dataclass
 from ado_tasks.errors import ConfigError
 
 C = TypeVar("C")
+
+MAX_VALUES = 100_000  # in a params file, aliases followed: a thousand times the largest preset
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
@@ -47,10 +50,51 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
 
 
 def _to_json(values: Mapping[str, Any], where: str) -> str:
+    for key, value in _leaves(values, where):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}: {value!r} is not allowed: Input should be a finite number")
+        if value is not None and not isinstance(value, str | int | float):
+            raise ConfigError(f"{key}: {value!r} is not allowed: a number, text, true, false, null, list or mapping")
     try:
         return json.dumps(values)
-    except (TypeError, ValueError, RecursionError) as problem:  # of what JSON lacks, and of a mapping that holds itself
+    except (TypeError, ValueError, RecursionError) as problem:  # of keys that JSON lacks
         raise ConfigError(f"{where}: {problem}") from None
+
+
+def _leaves(values: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Every value that holds no others, with its dotted key.
+
+    Raises:
+        ConfigError: there are too many. A few lines of YAML aliases can stand for billions of values, and a mapping
+            that holds itself for infinitely many.
+    """
+    waiting, count = [(where, values)], 0
+    while waiting:
+        key, value = waiting.pop()
+        count += 1
+        if count > MAX_VALUES:
+            raise ConfigError(f"{where}: more than {MAX_VALUES} values, or a mapping that holds itself")
+        if isinstance(value, Mapping):
+            waiting += [(f"{key}.{name}", inner) for name, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{key}.{index}", inner) for index, inner in enumerate(value)]
+        else:
+            yield key, value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is given twice: the last one would win unseen. (`<<` may be overridden: that is its use.)"""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """See Composer. Raises MarkedYAMLError at the second of two equal keys."""
+        node: Any = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 def _explain(error: Any, cls: type, where: str) -> str:
@@ -64,9 +108,9 @@ def _explain(error: Any, cls: type, where: str) -> str:
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """Read a params file. Raises ConfigError where it is missing or is not a mapping in YAML."""
+    """Read a params file. Raises ConfigError where it is missing, is no mapping in YAML, or has a key twice."""
     try:
-        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+        params = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as problem:
         raise ConfigError(f"{path}: cannot be read ({problem.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as problem:  # ValueError: not UTF-8

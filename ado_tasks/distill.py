@@ -126,7 +126,7 @@ def distill(
         report: where progress and losses go.
 
     Raises:
-        ConfigError: the teacher predicts ε, or the dataset is not of its size.
+        ConfigError: the teacher predicts ε, or the dataset has other sizes or more classes than it.
         ArtifactError: the teacher or the dataset is damaged.
         DivergenceError: a loss is not finite.
     """
@@ -136,6 +136,7 @@ def distill(
         raise ConfigError(
             f"{teacher}: predicts epsilon, which cannot be distilled to few steps; allowed: v_prediction, sample"
         )
+    stored.unet.config.check_data(data.shape, data.num_classes, f"{teacher}/unet/config.json")
     schedule = schedule_from_diffusers(stored.scheduler_config)
     key = run_key(__name__, as_plain(config), {"dataset": data.sha256, "teacher": sha256_tree(teacher)}, seed)
     part = data.split("train")

@@ -72,6 +72,7 @@ def evaluate(
 
     Raises:
         ArtifactError: an input is damaged, or the margin was frozen with other features.
+        ConfigError: a model makes other images than the dataset's, or has fewer classes.
         DivergenceError: a sample is not finite.
     """
     frozen = read_json(anchor / "anchor.json", "features_sha256", "margin")
@@ -82,6 +83,8 @@ def evaluate(
         )
     stored = read_model(teacher)
     variants = [*teacher_variants(stored), *student_variants(progressive), *calibrated_variants(stored, schedules)]
+    for variant in variants:
+        variant.model.unet.config.check_data(data.shape, data.num_classes, f"{variant.name}: unet/config.json")
     samplers = _Samplers(config)
     start = draw(seed, REPORT, config.n_generated, data.split("report"))
 

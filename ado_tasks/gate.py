@@ -6,7 +6,8 @@ it: it reads the reports, has both models sampled from one noise (`ado_tasks.reg
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -263,6 +264,28 @@ def _limit(name: str, found: float | None, limit: float | None, direction: _Dire
     return Check(name, shown, required, passed, reason)
 
 
+@contextmanager
+def named_report_errors(what: str) -> Iterator[None]:
+    """Turn what a report of another shape raises when it is read into an ArtifactError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as problem:
+        raise ArtifactError(
+            f"{what}: not what this version writes ({type(problem).__name__}: {problem}); made by another, or damaged"
+        ) from problem
+
+
+def checked_verdict(verdict: Figures, where: str) -> Figures:
+    """A stored verdict, if it is one. Raises ArtifactError: what is not exactly true or false decides nothing."""
+    kinds = {"approved": bool, "variant": str, "model_sha256": str, "reasons": list, "figures": dict}
+    for key, kind in kinds.items():
+        if key in verdict and not isinstance(verdict[key], kind):
+            raise ArtifactError(f"{where}: {key} is {verdict[key]!r}; a {kind.__name__} is required")
+    if not verdict.get("reasons"):
+        raise ArtifactError(f"{where}: has no reasons; made by another tool, or damaged")
+    return verdict
+
+
 def decide(
     workspace: Path, *, mlflow_uri: str, store_url: str, model: str, params: Path | None = None,
     variant: str | None = None,
@@ -293,9 +316,10 @@ def decide(
     policy = parse(GatePolicy, read_params(params or workspace / "params.yaml").get("gate") or {}, "gate")
     quality = place.quality()
     contest = hold(place, variant or quality["chosen"], mlflow_uri=mlflow_uri, store_url=store_url, model=model)
-    challenger = challenger_figures(quality, place.cost(), contest.model_sha256, contest.name)
-    challenger["against"] = contest.against
-    verdict = gate(challenger, contest.champion, policy)
+    with named_report_errors(f"{place.reports}/evaluate.json or measure.json"):
+        challenger = challenger_figures(quality, place.cost(), contest.model_sha256, contest.name)
+        challenger["against"] = contest.against
+        verdict = gate(challenger, contest.champion, policy)
     result = {
         **verdict.as_plain(),
         "variant": contest.name,

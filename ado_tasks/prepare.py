@@ -124,7 +124,8 @@ def _check_keys(config: PrepareConfig, source_path: Path | None, out: Path) -> N
         if source_path is None:
             raise ConfigError(f"prepare.source {config.source!r} reads a file or folder: give --source-path")
         # `out` is replaced as a whole: one that holds the source would take it along.
-        if source_path.resolve().is_relative_to(out.resolve()) or out.resolve().is_relative_to(source_path.resolve()):
+        source, place = limits.resolved(source_path), limits.resolved(out)
+        if source.is_relative_to(place) or place.is_relative_to(source):
             raise ConfigError(f"{out}: the dataset may not lie within its source {source_path}, nor hold it")
     elif source_path is not None:
         raise ConfigError(f"prepare.source {config.source!r} reads no path, but source_path is {source_path}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ado_tasks.endpoints import endpoints
 from ado_tasks.errors import PromotionError
-from ado_tasks.gate import VERDICT
+from ado_tasks.gate import VERDICT, checked_verdict
 from ado_tasks.interop.package import package_sha256
 from ado_tasks.registry.aliases import reconcile
 from ado_tasks.registry.client import connect, named_registry_errors
@@ -111,6 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     known = endpoints()
     verdict = read_json(options.workspace / "reports" / VERDICT, "approved", "champion", "model_sha256", "reasons")
+    verdict = checked_verdict(verdict, str(options.workspace / "reports" / VERDICT))
     record = promote(
         options.version, verdict, key=options.key or f"manual-{options.version}",
         approver=options.approver or getpass.getuser(), mlflow_uri=known.mlflow_uri, store_url=known.store,

@@ -12,7 +12,7 @@ from typing import Any
 
 from ado_tasks.endpoints import endpoints
 from ado_tasks.errors import ArtifactError, PromotionError
-from ado_tasks.gate import VERDICT
+from ado_tasks.gate import VERDICT, checked_verdict, named_report_errors
 from ado_tasks.interop.package import Package, write_package
 from ado_tasks.registry.aliases import reconcile
 from ado_tasks.registry.client import connect, experiment_id, named_registry_errors
@@ -60,7 +60,8 @@ def register(
             raise ArtifactError(
                 f"{workspace}: {package.name} has SHA-256 {sha256}; judged was {verdict['model_sha256']}: not the same"
             )
-        wanted = _registration(place, package, folder, sha256, verdict["figures"], run_id, revision)
+        with named_report_errors("the verdict's figures"):
+            wanted = _registration(place, package, folder, sha256, verdict["figures"], run_id, revision)
         with named_registry_errors(mlflow_uri):
             client = connect(mlflow_uri)
             claim = _Claim(store, model, wanted.key)
@@ -154,6 +155,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     known = endpoints()
     verdict = read_json(options.workspace / "reports" / VERDICT, "approved", "variant", "model_sha256", "figures")
+    verdict = checked_verdict(verdict, str(options.workspace / "reports" / VERDICT))
     made = register(
         options.workspace, verdict, run_id=options.run_id, mlflow_uri=known.mlflow_uri, store_url=known.store,
         model=known.registered_model, revision=_revision(options.workspace),

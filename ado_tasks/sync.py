@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ado_tasks import tracking
-from ado_tasks.storage import write_json
+from ado_tasks.errors import ArtifactError
+from ado_tasks.registry.client import connect, named_registry_errors
+from ado_tasks.storage import named_storage_errors, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,16 +31,24 @@ def tracking_uri() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Upload what is pending. In the background, leave at once where another uploader is at work."""
+    """Upload what is pending. In the background, leave at once where another uploader is at work.
+
+    Raises:
+        ArtifactError: a record is damaged; the others were uploaded.
+        RegistryError: MLflow cannot be reached; every record stays where it is.
+        StorageError: `.ado` cannot be written.
+    """
     parser = argparse.ArgumentParser(prog="ado sync", description=__doc__)
     parser.add_argument("--background", action="store_true", help="leave at once if another uploader is at work")
     options = parser.parse_args(arguments)
-    with tracking.uploader_lock(wait=not options.background) as mine:
+    with named_storage_errors(tracking.HOME), tracking.uploader_lock(wait=not options.background) as mine:
         if not mine:
             return 0
         count = upload_all()
     if count and not options.background:
         print(f"{count} runs logged to {tracking_uri()}; see them with: make mlflow", file=sys.stderr)
+    if problems := tracking.damaged():
+        raise ArtifactError("\n".join([*problems, "not uploaded; remove the folder of a damaged record"]))
     return 0
 
 
@@ -46,16 +56,15 @@ def upload_all() -> int:
     """Upload every pending record, those that arrive meanwhile too. Returns how many."""
     if not tracking.pending():
         return 0
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    from mlflow import MlflowClient  # noqa: PLC0415  (4 s; only where there is something to upload)
-
-    client = MlflowClient(tracking_uri())
-    experiment_id = _experiment(client)
+    uri = tracking_uri()
     count = 0
-    while folders := tracking.pending():
-        for folder in folders:
-            upload(client, experiment_id, folder)
-            count += 1
+    with named_registry_errors(uri):
+        client = connect(uri)
+        experiment_id = _experiment(client)
+        while folders := tracking.pending():
+            for folder in folders:
+                upload(client, experiment_id, folder)
+                count += 1
     return count
 
 

@@ -20,11 +20,14 @@ from typing import Any
 from ado_tasks import storage
 from ado_tasks.backend import numeric_fingerprint
 from ado_tasks.config import as_plain
+from ado_tasks.errors import ArtifactError
 from ado_tasks.report import JsonlRecorder, Reporter, Tee, Terminal
 
 HOME = Path(".ado")
 RUNS = HOME / "runs"
 LOCK = HOME / "sync.lock"
+_KEYS = ("section", "task", "params", "inputs", "command", "git", "hardware", "started_ms", "status")  # of a record
+_EVENTS = {"metric": {"name", "value", "time_ms", "step"}, "picture": {"path"}}  # what is needed of each kind
 UPLOADER_PATIENCE_S = 60.0  # a measured task waits this long for the background uploader to leave the CPU alone
 
 
@@ -97,31 +100,49 @@ def uploader_lock(wait: bool) -> Iterator[bool]:
 
 
 def pending() -> list[Path]:
-    """Folders of closed records that have not reached MLflow completely, oldest first."""
-    folders = sorted(path.parent for path in RUNS.glob("*/record.json"))
-    return [
-        folder
-        for folder in folders
-        if not (folder / "uploaded.json").exists() and read_record(folder)["status"] != "RUNNING"
-    ]
+    """Folders of closed records that have not reached MLflow completely, oldest first; damaged ones are left out."""
+    return [folder for folder, problem in _waiting() if problem is None]
+
+
+def damaged() -> list[str]:
+    """What is wrong with each record that cannot be uploaded."""
+    return [problem for _, problem in _waiting() if problem is not None]
+
+
+def _waiting() -> Iterator[tuple[Path, str | None]]:
+    for path in sorted(RUNS.glob("*/record.json")):
+        if (path.parent / "uploaded.json").exists():
+            continue
+        try:
+            closed = read_record(path.parent)["status"] != "RUNNING"
+        except ArtifactError as problem:
+            yield path.parent, str(problem)
+            continue
+        if closed:
+            yield path.parent, None
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of one run."""
-    return storage.read_json(folder / "record.json")
+    """The record of one run. Raises ArtifactError where it is damaged."""
+    record = storage.read_json(folder / "record.json", *_KEYS)
+    if record["status"] != "RUNNING" and "ended_ms" not in record:
+        raise ArtifactError(f"{folder / 'record.json'}: has no ended_ms; made by another tool, or damaged")
+    return record
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """What a run said. A last line cut short by a kill is left out."""
+    """What a run said. A last line cut short by a kill is left out, and so is what is no event."""
     path = folder / "events.jsonl"
     if not path.exists():
         return []
     events = []
     for line in path.read_text().splitlines():
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except json.JSONDecodeError:
             break
+        if isinstance(event, dict) and _EVENTS.get(str(event.get("kind")), {"?"}) <= event.keys():
+            events.append(event)
     return events
 
 

@@ -85,7 +85,9 @@ def train(
     """
     data = open_dataset(dataset)
     part, held_out = data.split("train"), data.split("selection")
-    unet = UNet2D(UNet2DConfig.from_dict(complete_model(config.model, data), where="params.yaml train.model"))
+    network = UNet2DConfig.from_dict(complete_model(config.model, data), where="params.yaml train.model")
+    network.check_data(data.shape, data.num_classes, "params.yaml train.model")
+    unet = UNet2D(network)
     initialise(unet, rng.key(seed, "train", "initialise"))
     schedule = schedule_from_diffusers({"beta_schedule": config.beta_schedule})
     loss = _loss(unet, schedule, config)

@@ -224,6 +224,14 @@ def test_a_damaged_model_is_refused_and_nothing_is_left(model, dataset, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_model_with_fewer_classes_than_the_data_is_refused(dataset, tmp_path):
+    unet = UNet2D(UNet2DConfig.from_dict({**TINY, "num_class_embeds": 9}))
+    write_model(tmp_path / "teacher", unet, SCHEDULE.to_diffusers("v_prediction"), {"history": []})
+    with pytest.raises(ConfigError, match=r"teacher/unet/config\.json\.num_class_embeds: 9 .*10 or more"):
+        calibrate(SMALL, model=tmp_path / "teacher", dataset=dataset, out=tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_diverges_is_named(model, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(Sampler, "denoiser", lambda self, labels: lambda z, t: z * float("nan"))
     with pytest.raises(DivergenceError, match="not finite"):

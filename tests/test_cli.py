@@ -74,6 +74,34 @@ def test_an_absent_input_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "models").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "words", "status"),
+    [
+        (".", ["would be replaced"], 2),
+        ("..", ["would be replaced"], 2),
+        ("a-file", ["is a file", "allowed: a folder"], 2),
+        ("a-file/x", ["a-file is not a folder"], 5),
+        ("nowhere", ["leads nowhere"], 2),
+        ("x" * 300, ["too long"], 5),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str, words: list[str],
+    status: int,
+) -> None:  # fmt: skip
+    (tmp_path / "params.yaml").write_text("seed: 0\nprepare: {}\n")
+    (tmp_path / "a-file").write_text("precious")
+    (tmp_path / "nowhere").symlink_to("not-there")
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", "--out", out]) == status
+    said = capsys.readouterr().err
+    assert "prepare: 1797" not in said
+    for word in words:
+        assert word in said
+    assert (tmp_path / "a-file").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-file", "nowhere", "params.yaml"]
+
+
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "tasks" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """A config is checked when it is made: the error names the key, the value and what is allowed."""
 
 from dataclasses import FrozenInstanceError
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field
@@ -71,6 +71,61 @@ def test_sections_are_found_by_dotted_name(tmp_path) -> None:
     assert section(params, "distill.progressive") == {"steps": 3}
     with pytest.raises(ConfigError, match=r"no section 'consistency' at distill; there: progressive"):
         section(params, "distill.consistency")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 1\nseed: 2\n",
+        "a: {b: 1, c: 2, b: 1}\n",
+        "a:\n- b: 1\n  b: 2\n",
+        "x: &x {b: 1}\na: {<<: *x, c: 1, c: 2}\n",
+    ],
+)
+def test_a_key_that_is_given_twice_is_named_with_its_line(tmp_path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"params\.yaml: not valid YAML: the key '(seed|b|c)' is given twice\n.*line \d"
+    ):
+        read_params(path)
+
+
+def test_what_is_merged_in_may_be_overridden(tmp_path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("y: &y {b: 0}\nx: {deep: &x {<<: *y, b: 1, c: 1}}\na: {<<: *x, c: 2}\n")
+    assert read_params(path) == {"y": {"b": 0}, "x": {"deep": {"b": 1, "c": 1}}, "a": {"b": 1, "c": 2}}
+
+
+@config
+class Open:
+    model: dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("2020-01-01", r"train\.model\.x: datetime\.date.* is not allowed"),
+        (".nan", r"train\.model\.x: nan is not allowed: .*finite"),
+        ("[1, {y: -.inf}]", r"train\.model\.x\.1\.y: -inf is not allowed"),
+        ("!!binary aGk=", r"train\.model\.x: b'hi' is not allowed"),
+        ("&x {y: *x}", "more than 100000 values, or a mapping that holds itself"),
+    ],
+)
+def test_values_that_no_config_has_are_named_in_sections_of_any_keys(tmp_path, value: str, says: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"train: {{model: {{x: {value}}}}}\n")
+    with pytest.raises(ConfigError, match=says):
+        parse(Open, read_params(path)["train"], "train")
+
+
+def test_a_few_lines_of_aliases_are_not_unrolled(tmp_path) -> None:
+    """Ten to the ninth values in nine lines: refused at once."""
+    rows = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 9))
+    path = tmp_path / "params.yaml"
+    path.write_text(f"l0: &l0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n{rows}train: {{model: {{x: *l8}}}}\n")
+    with pytest.raises(ConfigError, match="more than 100000 values"):
+        parse(Open, read_params(path)["train"], "train")
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "3"])

@@ -9,6 +9,9 @@ from ado_tasks.config import parse
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.distill import DistillConfig, Stage, distill
 from ado_tasks.errors import ConfigError
+from ado_tasks.interop.diffusers_folder import write_model
+from ado_tasks.models.unet import UNet2D
+from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.matching import MatchingConfig
 from ado_tasks.optimise.progressive import Interval
 from ado_tasks.prepare import PrepareConfig, prepare
@@ -84,6 +87,19 @@ def test_each_student_is_another_network(taught: Path) -> None:
 
 def test_nothing_is_left_of_finished_runs(taught: Path) -> None:
     assert list((taught / "scratch").rglob("*.safetensors")) == []
+
+
+def test_a_teacher_with_fewer_classes_than_the_data_is_refused(tmp_path: Path) -> None:
+    prepare(PrepareConfig(name="digits", source="digits"), out=tmp_path / "data", seed=0)
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "num_class_embeds": 9}
+    unet = UNet2D(UNet2DConfig.from_dict({**MODEL, **sizes}))
+    write_model(tmp_path / "teacher", unet, Cosine().to_diffusers("v_prediction"), {"history": []})
+    with pytest.raises(ConfigError, match=r"teacher/unet/config\.json\.num_class_embeds: 9 .*10 or more"):
+        distill(
+            DistillConfig(), teacher=tmp_path / "teacher", dataset=tmp_path / "data", out=tmp_path / "out",
+            scratch=tmp_path / "scratch", seed=0,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_learning_rate_starts_anew_and_reaches_0_in_each_stage() -> None:

@@ -314,6 +314,11 @@ def test_a_dataset_that_would_replace_its_own_source(tmp_path, images, out):
     assert tree(images) == before
 
 
+def test_a_source_that_is_a_link_to_itself(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    refused(DataError, "loop: (a link that leads back to itself|not a folder)", FOLDER, tmp_path, tmp_path / "loop")
+
+
 def test_images_that_are_too_small(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((30, 3, 9), np.uint8))
     config = PrepareConfig(source="npz", labelled=False)

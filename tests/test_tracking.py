@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ado_tasks import config, sync, tracking
-from ado_tasks.errors import DivergenceError
+from ado_tasks.errors import ArtifactError, DivergenceError, RegistryError, StorageError
 from ado_tasks.report import Reporter
 
 
@@ -66,6 +66,36 @@ def test_only_one_uploader_at_a_time(workspace: Path) -> None:
     with tracking.uploader_lock(wait=False) as first, tracking.uploader_lock(wait=False) as second:
         assert first
         assert not second
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
+def test_a_damaged_record_is_named_and_keeps_no_other_back(workspace: Path) -> None:
+    folder = run_once()
+    (folder / "events.jsonl").write_text('[1]\n{"kind": "metric"}\n{"kind": "song"}\n')
+    for name, text in (("0-text", "{"), ("0-empty", "{}")):
+        (tracking.RUNS / name).mkdir()
+        (tracking.RUNS / name / "record.json").write_text(text)
+    with pytest.raises(
+        ArtifactError, match=r"0-empty/record\.json: has no section[\s\S]*0-text/record\.json: not valid"
+    ):
+        sync.main([])
+    assert (folder / "uploaded.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_mlflow_that_is_away_is_named_and_the_record_stays(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_once()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RegistryError, match=r"MLflow at http://127\.0\.0\.1:9"):
+        sync.main([])
+    assert tracking.pending() == [folder]
+
+
+def test_a_home_that_is_a_file_is_named(workspace: Path) -> None:
+    Path(".ado").write_text("")
+    with pytest.raises(StorageError, match=r"\.ado"):
+        sync.main([])
 
 
 @pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own

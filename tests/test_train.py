@@ -70,6 +70,12 @@ def test_each_image_of_each_step_has_a_key_of_its_own(digits: Path) -> None:
         ({"droput": 0.1}, r"^params\.yaml train\.model\.droput: unknown key; allowed here: .*dropout"),
         ({"dropout": 1.5}, r"^params\.yaml train\.model\.dropout: 1\.5 is not allowed: .*less than or equal to 1"),
         ({"norm_num_groups": 3}, r"^params\.yaml train\.model\.norm_num_groups: 3; allowed: a divisor"),
+        # The dataset decides these. Fewer classes than it has would be looked up, and written, outside of their table.
+        ({"num_class_embeds": 5}, r"train\.model\.num_class_embeds: 5 does not fit the dataset; allowed: 10 or more"),
+        ({"num_class_embeds": None}, r"train\.model\.num_class_embeds: None does not fit the dataset"),
+        ({"sample_size": 16}, r"train\.model\.sample_size: 16 does not fit the dataset; allowed: \(8, 8\)"),
+        ({"in_channels": 3}, r"train\.model\.in_channels: 3 does not fit the dataset; allowed: 1"),
+        ({"out_channels": 2}, r"train\.model\.out_channels: 2 does not fit the dataset; allowed: 1"),
     ],
 )
 def test_a_networks_keys_are_those_of_params(digits: Path, tmp_path: Path, model: dict[str, Any], says: str) -> None:

@@ -9,11 +9,19 @@ from ado_tasks.errors import DataError
 MAX_NAMED = 10  # bad files listed in one message: enough to see a pattern
 
 
+def resolved(path: Path) -> Path:
+    """Where a path leads. Raises DataError for links that lead to one another in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: pathlib's, until Python 3.12
+        raise DataError(f"{path}: a link that leads back to itself") from None
+
+
 def check_inside(path: Path, root: Path) -> None:
     """Raise DataError where `path` is a link that leads out of `root`, to a folder, or nowhere."""
     if not path.is_symlink():
         return
-    target = path.resolve()
+    target = resolved(path)
     if not target.exists():
         raise DataError(f"{path}: a link that leads nowhere")
     if not target.is_relative_to(root.resolve()):

@@ -1,6 +1,7 @@
 """IDX files (the format of MNIST, also gzipped) and npz archives as sources, streamed; nothing is unpickled."""
 
 import gzip
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO
 
 import numpy as np
@@ -20,6 +22,10 @@ _IDX_UINT8 = 0x08  # third byte of the magic number: unsigned bytes (LeCun, "The
 _GZIP = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 24  # read at a time
 _UNKNOWN = "unknown (files of the user's own)"
+# What the readers of archives raise where one is damaged, encrypted, or packed in a way that they do not know.
+_DAMAGE = (
+    EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, NotImplementedError, RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def _damage(path: Path) -> Iterator[None]:
     """Turn what damaged archives raise into a DataError that names the file."""
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, NotImplementedError, RuntimeError) as problem:
+    except _DAMAGE as problem:
         raise DataError(f"{path}: damaged ({type(problem).__name__}: {problem})") from None
     except OSError as problem:
         raise DataError(f"{path}: cannot be read ({problem.strerror or problem})") from None
@@ -242,7 +248,7 @@ def _npy_header(path: Path, name: str, stream: IO[bytes]) -> tuple[tuple[int, ..
     try:
         version = np.lib.format.read_magic(stream)
         shape, fortran, dtype = readers[version](stream)
-    except (ValueError, KeyError, TypeError, SyntaxError) as problem:
+    except (ValueError, KeyError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError) as problem:
         raise DataError(f"{path}: {name} is not a NumPy array ({problem})") from None
     if dtype.hasobject:
         raise DataError(f"{path}: {name} holds pickled objects; nothing is ever unpickled. Save plain numbers")

@@ -113,6 +113,33 @@ class UNet2DConfig:
         """Whether the model is told a class."""
         return self.class_embed_type is not None or self.num_class_embeds is not None
 
+    def check_data(self, shape: tuple[int, int, int], classes: int, where: str) -> None:
+        """Whether images (height, width, channels) of so many classes (0: without labels) can be this network's.
+
+        A table of classes may have unused rows. A label beyond it must be refused here: on a CPU, MLX reads and, in the
+        gradient, writes outside of the table.
+
+        Raises:
+            ConfigError: names the key, its value and what is allowed.
+        """
+        size = (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
+        allowed = {
+            "in_channels": (self.in_channels, shape[2], self.in_channels == shape[2]),
+            "out_channels": (self.out_channels, shape[2], self.out_channels == shape[2]),
+            "sample_size": (self.sample_size, shape[:2], size in (None, shape[:2])),
+        }
+        if self.class_embed_type is None:
+            rows = self.num_class_embeds or 0
+            needed = f"{classes} or more" if classes else "none: the images have no labels"
+            allowed["num_class_embeds"] = (
+                self.num_class_embeds,
+                needed,
+                rows >= classes and bool(rows) == bool(classes),
+            )
+        for key, (value, wanted, fits) in allowed.items():
+            if not fits:
+                raise ConfigError(f"{where}.{key}: {value} does not fit the dataset; allowed: {wanted}")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "unet/config.json") -> "UNet2DConfig":
         """Read what `config.json` holds. Absent keys take Diffusers' defaults; keys that start with `_` are kept.

@@ -1,22 +1,27 @@
 """Checkpoints: the state of an interrupted run, found again by a key of everything that decides the result.
 
-A checkpoint is one safetensors file under `scratch/<key>/`, written atomically. A damaged one is skipped for the one
-before it; deleting any of them costs time and never changes the result.
+A checkpoint is one safetensors file under `scratch/<key>/`, written atomically, with a sum of its arrays in its header.
+A damaged one is skipped for the one before it; deleting any of them costs time and never changes the result.
 """
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ado_tasks import storage
 from ado_tasks.backend import mx, numeric_fingerprint
 from ado_tasks.closure import code_hash
 from ado_tasks.errors import ArtifactError
 
+_SUM = "sha256"  # key of the header's metadata
+_NAME = re.compile(r"step-(\d{8,})\.safetensors", re.ASCII)
 KEEP = 2  # the newest, and one more in case the newest is damaged
 
 
@@ -46,7 +51,7 @@ class Checkpoints:
 
     def save(self, step: int, state: Mapping[str, mx.array]) -> None:
         """Keep the state after `step` steps, and the one before it."""
-        storage.save_arrays(self._path(step), state)
+        storage.save_arrays(self._path(step), state, {_SUM: _sum_of(state)})
         for old in self._steps()[:-KEEP]:
             self._path(old).unlink(missing_ok=True)
 
@@ -54,9 +59,11 @@ class Checkpoints:
         """The newest readable state and its step, or None."""
         for step in reversed(self._steps()):
             try:
-                return step, storage.load_arrays(self._path(step))
+                state, metadata = storage.load_arrays_and_metadata(self._path(step))
             except ArtifactError:
                 continue
+            if metadata.get(_SUM) == _sum_of(state):
+                return step, state
         return None
 
     def last_step(self) -> int | None:
@@ -72,4 +79,15 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}.safetensors"
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.safetensors"))
+        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*.safetensors"))
+        return sorted(int(name[1]) for name in names if name)
+
+
+def _sum_of(state: Mapping[str, mx.array]) -> str:
+    """The SHA-256 of names, types, shapes and bytes: a bit that flipped on a disk must not end in a model."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        array = mx.array(state[name])
+        digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
+    return digest.hexdigest()

@@ -25,7 +25,7 @@ def main() -> int:
     stdout, sys.stdout = sys.stdout, sys.stderr  # DVC prints
     found = resolve(root, all_pipelines="--all-pipelines" in sys.argv)
     found["read"] = {path: _sha256(root / path) for path in sorted(read) if (root / path).is_file()}
-    json.dump(found, stdout)
+    json.dump(found, stdout, default=str)  # `meta` is anything that YAML holds, dates too
     return 0
 
 

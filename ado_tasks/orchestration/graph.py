@@ -14,6 +14,7 @@ from typing import Any
 from ado_tasks.orchestration.failures import CycleError, GraphError, HintError, TaskIdError, UnsupportedStageError
 
 _TASK_ID_CHARACTERS = 200  # Airflow allows 250, with the name of the group and a dot before it
+_LONGEST_S = 31_536_000  # a year: Airflow keeps times as timedelta, which ends, and infinity is none
 _NOT_IN_TASK_IDS = re.compile(r"[^\w-]+")
 
 
@@ -54,7 +55,7 @@ def _is_whole(lowest: int) -> Any:
 
 
 def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LONGEST_S
 
 
 _HINT_CHECKS: dict[str, tuple[Any, str]] = {
@@ -64,8 +65,8 @@ _HINT_CHECKS: dict[str, tuple[Any, str]] = {
     "pool_slots": (_is_whole(1), "a whole number from 1"),
     "priority": (_is_whole(1), "a whole number from 1"),
     "retries": (_is_whole(0), "a whole number from 0"),
-    "retry_delay_seconds": (_is_seconds, "a number above 0"),
-    "timeout_seconds": (_is_seconds, "a number above 0"),
+    "retry_delay_seconds": (_is_seconds, f"a number above 0, at most {_LONGEST_S}"),
+    "timeout_seconds": (_is_seconds, f"a number above 0, at most {_LONGEST_S}"),
 }
 
 

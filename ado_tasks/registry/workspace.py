@@ -60,7 +60,7 @@ class Workspace:
     def package(self, name: str) -> Package:
         """A variant by its name, <family>-<nfe>, as it is served. Raises ArtifactError where it is not there."""
         family, _, number = name.rpartition("-")
-        if not number.isdigit():
+        if not (number.isascii() and number.isdigit()):
             raise ArtifactError(f"variant {name!r}: a name such as progressive-4 is expected")
         variant = self._variant(name, family, int(number))
         return Package(variant.name, variant.method, tuple(float(t) for t in variant.times), variant.model)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ado_tasks.errors import ArtifactError, ConfigError
+from ado_tasks.errors import ArtifactError, ConfigError, StorageError
 from ado_tasks.storage import atomic_file, named_storage_errors
 from ado_tasks.stores.protocol import Stored, checked_key
 
@@ -39,6 +39,8 @@ class FolderStore:
     def get(self, key: str) -> Stored | None:
         """See Store."""
         path = self._path(key)
+        if self.root.exists() and not self.root.is_dir():
+            raise StorageError(f"{self.root}: the store is a file; a folder is required")
         with named_storage_errors(path):
             try:
                 data = path.read_bytes()

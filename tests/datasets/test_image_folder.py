@@ -335,6 +335,13 @@ def test_folders_that_are_not_classes_of_images(root, change, says):
         read(root)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_link_to_itself(root, labelled):
+    (root / "a" / "loop.png").symlink_to("loop.png")
+    with pytest.raises(DataError, match=r"a/loop\.png: a link that leads"):
+        read(root, labelled=labelled)
+
+
 def test_an_empty_folder_a_flat_one_and_none(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: the folder is empty"):

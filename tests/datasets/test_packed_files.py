@@ -208,6 +208,27 @@ def test_npz_whose_header_lies(tmp_path):
             npz(tmp_path / "x.npz", Packing(labelled=False))
 
 
+@pytest.mark.parametrize("header", [b"{'shape': " + b"(" * 200, b"{'shape': " + b"[" * 60_000 + b"\n", b"\0"])
+def test_npz_whose_header_is_no_header(tmp_path, header):
+    """NumPy evaluates a header as a Python literal, and its parser has errors of its own."""
+    raw = b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", raw)
+    with pytest.raises(DataError, match=r"x\.npz: images is not a NumPy array"):
+        npz(tmp_path / "x.npz", Packing(labelled=False))
+
+
+def test_npz_packed_by_lzma_and_damaged(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.write(tmp_path / "images.npy", "images.npy")
+    damaged = bytearray((tmp_path / "x.npz").read_bytes())
+    damaged[300:400] = bytes(0xFF ^ byte for byte in damaged[300:400])
+    (tmp_path / "x.npz").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"x\.npz: damaged"):
+        read(npz(tmp_path / "x.npz", Packing(labelled=False)))
+
+
 def test_zip_bomb(tmp_path):
     """100 MB of zeros in 100 kB: refused by its announced size, before anything is unpacked."""
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -167,3 +167,36 @@ def test_derived_sizes():
 def test_a_rectangle_is_a_size():
     assert UNet2DConfig.from_dict({**BASE, "sample_size": [8, 12]}).sample_size == (8, 12)
     assert UNet2D(UNet2DConfig.from_dict({**BASE, "sample_size": [8, 12]})).config.to_dict()["sample_size"] == [8, 12]
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes"),
+    [
+        ({"num_class_embeds": 3}, 3),
+        ({"num_class_embeds": 4}, 3),  # a row that is never used
+        ({}, 0),
+        ({"class_embed_type": "timestep"}, 3),  # read as a number: there is no table
+        ({"sample_size": None}, 0),
+        ({"sample_size": [8, 8]}, 0),
+    ],
+)
+def test_data_that_fits(changes, classes):
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1}
+    UNet2DConfig.from_dict({**BASE, **sizes, **changes}).check_data((8, 8, 1), classes, "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes", "says"),
+    [
+        ({"num_class_embeds": 2}, 3, r"^x\.num_class_embeds: 2 does not fit the dataset; allowed: 3 or more"),
+        ({}, 3, r"^x\.num_class_embeds: None .*3 or more"),
+        ({"num_class_embeds": 2}, 0, r"^x\.num_class_embeds: 2 .*no labels"),
+        ({"sample_size": [8, 12]}, 0, r"^x\.sample_size: \(8, 12\) .*\(8, 8\)"),
+        ({"in_channels": 3}, 0, r"^x\.in_channels: 3 .*allowed: 1"),
+    ],
+)
+def test_data_that_does_not_fit(changes, classes, says):
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1}
+    config = UNet2DConfig.from_dict({**BASE, **sizes, **changes})
+    with pytest.raises(ConfigError, match=says):
+        config.check_data((8, 8, 1), classes, "x")

@@ -46,6 +46,8 @@ def test_hints_are_read() -> None:
         ({"pool_slots": 0}, "pool_slots is 0"),
         ({"timeout_seconds": "1h"}, "timeout_seconds is '1h'; a number above 0"),
         ({"queue": ""}, "queue is ''; a name"),
+        ({"timeout_seconds": float("inf")}, "timeout_seconds is inf; a number above 0, at most 31536000"),
+        ({"retry_delay_seconds": 1e300}, r"retry_delay_seconds is 1e\+300; a number above 0"),
         (["gpu"], "a mapping is required"),
     ],
 )
