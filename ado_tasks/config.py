@@ -43,7 +43,7 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     if isinstance(cls, UnionType):
         kinds = methods(cls)
         method = values.get("method", next(iter(kinds)))
-        if method not in kinds:
+        if not isinstance(method, str) or method not in kinds:
             raise ConfigError(f"{where}.method: {method!r} is not allowed; allowed: {', '.join(kinds)}")
         return parse(kinds[method], {name: value for name, value in values.items() if name != "method"}, where)
     try:
