@@ -65,16 +65,16 @@ def student_variant(folder: Path) -> Variant:
     that are not of that many steps.
     """
     model, steps = read_model(folder), int(folder.name)
-    sampler = model.record.get("sampler", {})
+    said = model.record.get("sampler", {})
     try:
-        method, times = sampler.get("solver", "ddim"), sampler.get("times")
-        times = grids.uniform_time(steps) if times is None else np.array(times, dtype=np.float64)
-        fits = method in SOLVERS and times.shape == (steps + 1,)
+        method, times = said.get("solver", "ddim"), said.get("times", grids.uniform_time(steps))
+        times = np.array(times, dtype=np.float64)
+        allowed = method in SOLVERS and times.shape == (steps + 1,)
     except (AttributeError, TypeError, ValueError):
-        fits = False
-    if not fits:
+        method, times, allowed = "", np.zeros(0), False
+    if not allowed:
         raise ArtifactError(
-            f"{folder / RECORD}: the sampler is {sampler}; allowed: one of {', '.join(SOLVERS)} at {steps + 1} times"
+            f"{folder / RECORD}: the sampler is {said}; allowed: one of {', '.join(SOLVERS)} at {steps + 1} times"
         )
     return Variant(f"{folder.parent.name}-{steps}", method, method, times, model)
 

@@ -10,7 +10,7 @@ import pytest
 
 from ado_tasks import rng
 from ado_tasks.backend import mx
-from ado_tasks.config import parse
+from ado_tasks.config import parse, read_params
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.distill import DistillConfig, distill
@@ -188,6 +188,14 @@ def test_the_method_chooses_the_keys() -> None:
         parse(both, {"method": "consistency", "teacher_steps": 16}, "distill.consistency")
     with pytest.raises(ConfigError, match=r"distill\.x\.method: \[\] is not allowed"):
         parse(both, {"method": []}, "distill.x")
+
+
+def test_the_preset_is_the_default_one_and_a_section_more() -> None:
+    root = Path(__file__).resolve().parent.parent
+    default, preset = (read_params(root / name) for name in ("params.yaml", "params.consistency.yaml"))
+    added = preset["distill"].pop("consistency")
+    assert preset == default
+    assert isinstance(parse(DistillConfig | ConsistencyConfig, added, "distill.consistency"), ConsistencyConfig)
 
 
 def test_noise_on_the_way_is_of_the_draw() -> None:
