@@ -42,6 +42,7 @@ preset: install  ## run the graph with params.NAME.yaml (NAME=shapes16) in .ado/
 	@test -d $(PRESET) || git clone --quiet . $(PRESET)
 	@git -C $(PRESET) fetch --quiet && git -C $(PRESET) reset --quiet --hard FETCH_HEAD
 	@cp params.$(NAME).yaml $(PRESET)/params.yaml
+	@cd $(PRESET) && $(RUN) python -m ado_tasks.graph --methods-of params.yaml
 	@cd $(PRESET) && $(RUN) ADO_SYNC=manual dvc repro && $(RUN) python -m ado_tasks sync && $(RUN) python -m ado_tasks compare
 
 table:  ## print the table of the last run again

@@ -1,10 +1,12 @@
 """The only command line: `python -m ado_tasks <task> …` (or `ado <task> …`).
 
-A task's options follow from its signature: every keyword-only `Path` is an option of that name, its config is one
-section of the params file, its seed the file's `seed`. Both drivers, DVC and Airflow, run these same commands.
+A task's options follow from its signature: every keyword-only `Path` (or tuple of them) is an option of that name, its
+config is one section of the params file, its seed the file's `seed`. Both drivers, DVC and Airflow, run these same
+commands.
 """
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import os
@@ -81,10 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def task_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentParser:
     """A parser made from a task's signature and docstring."""
+    from ado_tasks.config import methods  # noqa: PLC0415
+
     config_type = next(iter(inspect.signature(function).parameters.values())).annotation
     fields = "\n".join(
-        f"  {field.name}: {getattr(field.type, '__name__', field.type)}"
-        for field in config_type.__dataclass_fields__.values()
+        line
+        for method, each in methods(config_type).items()
+        for line in ([f" method: {method}"] if method else []) + _fields(each)
     )
     parser = argparse.ArgumentParser(
         prog=f"ado {name}", description=inspect.getdoc(function), formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,14 +98,21 @@ def task_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPar
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: %(default)s)")
     parser.add_argument("--section", default=name, help="dotted name of its section (default: %(default)s)")
     for parameter in _path_parameters(function):
-        optional = parameter.default is None
+        optional, several = parameter.default is None, parameter.annotation == tuple[Path, ...]
         if parameter.name == "scratch":
             parser.add_argument(
                 "--scratch", type=Path, default=None, help="checkpoints (default: .ado/scratch/SECTION)"
             )
         else:
-            parser.add_argument(f"--{parameter.name.replace('_', '-')}", type=Path, required=not optional)
+            name = f"--{parameter.name.replace('_', '-')}"
+            parser.add_argument(name, type=Path, required=not optional, nargs="+" if several else None)
     return parser
+
+
+def _fields(config_type: Any) -> list[str]:
+    return [
+        f"  {field.name}: {getattr(field.type, '__name__', field.type)}" for field in dataclasses.fields(config_type)
+    ]
 
 
 def run_task(name: str, arguments: Sequence[str]) -> int:
@@ -118,6 +130,7 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
     config_type = next(iter(inspect.signature(function).parameters.values())).annotation
     settings = config.parse(config_type, config.section(params, options.section, str(options.params)), options.section)
     paths = {p.name: getattr(options, p.name) for p in _path_parameters(function)}
+    paths = {name: tuple(path) if isinstance(path, list) else path for name, path in paths.items()}
     if "scratch" in paths and paths["scratch"] is None:
         paths["scratch"] = Path(".ado/scratch") / options.section
     check_out(paths["out"], is_file=name in MEASURED)
@@ -193,7 +206,7 @@ def _path_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return [
         parameter
         for parameter in inspect.signature(function).parameters.values()
-        if parameter.annotation in (Path, Path | None)
+        if parameter.annotation in (Path, Path | None, tuple[Path, ...])
     ]
 
 

@@ -26,7 +26,7 @@ COLUMNS = {
     "kid": "KID − teacher", "fd": "FD (own)", "accuracy": "classes", "latency": "ms/image", "speedup": "speed-up",
     "features": "features",
 }  # fmt: skip
-_JUDGED = ("dvc.deps.models/teacher", "dvc.deps.models/progressive", "dvc.deps.schedules/teacher")
+_TEACHER, _JUDGED = "dvc.deps.models/teacher", ("dvc.deps.models/", "dvc.deps.schedules/")  # what is judged, by hash
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def last_runs(uri: str, count: int) -> list[Row]:
 def rows_of(evaluation: "Run", runs: Sequence["Run"]) -> list[Row]:
     """The variants of one evaluation, with what other runs know of them."""
     tags, figures = evaluation.data.tags, evaluation.data.metrics
-    trained = _find(runs, "train", {"dvc.outs.models/teacher": tags.get("dvc.deps.models/teacher")})
-    measured = _find(runs, "measure", {name: tags.get(name) for name in _JUDGED})
+    trained = _find(runs, "train", {"dvc.outs.models/teacher": tags.get(_TEACHER)})
+    judged = {name: value for name, value in tags.items() if name.startswith(_JUDGED)}
+    measured = _find(runs, "measure", {_TEACHER: tags.get(_TEACHER), **judged})
     cost: Mapping[str, float] = {} if measured is None else measured.data.metrics
     hashes = [value for name, value in tags.items() if name.startswith("dvc.deps.features/")]
     reference = figures.get(f"{REFERENCE}.kid")

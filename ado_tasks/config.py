@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from types import UnionType
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -33,7 +34,7 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """Build a config of type `cls` from plain values.
 
     Args:
-        cls: a class made with `@config`.
+        cls: a class made with `@config`, or a union of such: the key `method` says which (see `methods`).
         values: as read from YAML: numbers, strings, booleans, lists and mappings.
         where: the name of the section, for messages.
 
@@ -42,11 +43,22 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping of keys, got {values!r}")
+    if isinstance(cls, UnionType):
+        kinds = methods(cls)
+        method = values.get("method", next(iter(kinds)))
+        if not isinstance(method, str) or method not in kinds:
+            raise ConfigError(f"{where}.method: {method!r} is not allowed; allowed: {', '.join(kinds)}")
+        return parse(kinds[method], {name: value for name, value in values.items() if name != "method"}, where)
     try:
         # YAML has lists where a config has tuples: lax on containers, strict on scalars through validate_json's rules.
         return TypeAdapter(cls).validate_json(_to_json(dict(values), where))
     except ValidationError as problem:
         raise ConfigError("\n".join(_explain(error, cls, where) for error in problem.errors())) from None
+
+
+def methods(cls: Any) -> dict[str, type]:
+    """The classes of a union by the name that each has as `method`; the first is meant where a section names none."""
+    return {each.method: each for each in get_args(cls)} if isinstance(cls, UnionType) else {"": cls}
 
 
 def _to_json(values: Mapping[str, Any], where: str) -> str:

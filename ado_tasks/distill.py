@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -17,11 +17,13 @@ from ado_tasks.diffusion import losses
 from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
+from ado_tasks.distillation.consistency import tune
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model, write_model
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.batches import images_of_step, labels_of
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
+from ado_tasks.optimise.consistency import ConsistencyConfig
 from ado_tasks.optimise.loop import Curve, Loop, Step
 from ado_tasks.optimise.matching import Matching, MatchingConfig, MatchingStep
 from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
@@ -40,6 +42,7 @@ V = TypeVar("V", int, float)
 class DistillConfig:
     """How students are taught."""
 
+    method: ClassVar[str] = "progressive"
     teacher_steps: Annotated[int, Field(ge=2)] = 32  # steps of the teacher that the first student replaces
     teacher_solver: WalkSolver = "ddim"  # of those steps; later teachers are students, and take DDIM's
     student_steps: tuple[Annotated[int, Field(ge=1)], ...] = (8, 4, 2, 1)  # one stage each; each divides the one before
@@ -102,34 +105,45 @@ class DistillResult:
 
 
 def distill(
-    config: DistillConfig,
+    config: DistillConfig | ConsistencyConfig,
     *,
     teacher: Path,
     dataset: Path,
     out: Path,
     scratch: Path,
     seed: int,
+    start: Path | None = None,
     report: Reporter = SILENT,
 ) -> DistillResult:
-    """Distil a teacher progressively (Salimans & Ho 2022, algorithm 2) and write one Diffusers folder a student.
+    """Make students of a teacher that need few steps, one Diffusers folder each. `method` says how.
 
-    Where `matching` says so, a student's samples are then brought to the first teacher's distribution (Yin et al.
-    2024), and it is that student which teaches the next.
+    `consistency`: tuning to consistency, Geng et al. 2024 (see distillation/consistency.py). Where nothing is said,
+    `progressive`: Salimans & Ho 2022, algorithm 2. Where `matching` says so, a student's samples are then brought to
+    the first teacher's distribution (Yin et al. 2024), and it is that student which teaches the next.
 
     Args:
-        config: see DistillConfig.
+        config: see DistillConfig and ConsistencyConfig.
         teacher: a Diffusers folder. An `epsilon` network is refused: as α → 0 its x̂ is noise divided by zero.
         dataset: folder made by `prepare`; the train part is used.
         out: folder of the family; `out/<steps>/` is a student. It appears whole or not at all.
         scratch: checkpoints, of the step and of finished stages.
         seed: of the order of images, intervals and noises.
+        start: with `consistency`, a Diffusers folder to begin with in the teacher's place, such as a student's.
         report: where progress and losses go.
 
     Raises:
-        ConfigError: the teacher predicts ε, or the dataset has other sizes or more classes than it.
+        ConfigError: the teacher predicts ε, the dataset has other sizes or more classes than it, or `start` is given to
+            another method.
         ArtifactError: the teacher or the dataset is damaged.
         DivergenceError: a loss is not finite.
     """
+    if isinstance(config, ConsistencyConfig):
+        curve = tune(
+            config, teacher=teacher, start=start, dataset=dataset, out=out, scratch=scratch, seed=seed, report=report
+        )
+        return DistillResult(config.student_steps, dict.fromkeys(config.student_steps, curve[-1][1]))
+    if start is not None:
+        raise ConfigError(f"--start {start}: progressive students begin as their teacher; allowed with: consistency")
     stored, data = read_model(teacher), open_dataset(dataset)
     kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))
     if kind == "epsilon":

@@ -23,7 +23,7 @@ from ado_tasks.pictures import save_grid
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Images, Sampler, draw
 from ado_tasks.storage import atomic_files, load_arrays, read_json, write_json
-from ado_tasks.variants import Variant, calibrated_variants, schedule_of, student_variants, teacher_variants
+from ado_tasks.variants import Variant, all_variants, schedule_of
 
 REPORT, SELECTION = "report", "selection"  # names of draws: nothing is ever chosen on the first
 # The solution that paired distances are taken to: nearer to the exact one (mean square 1.0e-6 a pixel on the
@@ -53,7 +53,7 @@ class EvaluateResult:
 
 
 def evaluate(
-    config: EvaluateConfig, *, dataset: Path, features: Path, anchor: Path, teacher: Path, progressive: Path,
+    config: EvaluateConfig, *, dataset: Path, features: Path, anchor: Path, teacher: Path, students: tuple[Path, ...],
     schedules: Path, out: Path, seed: int, report: Reporter = SILENT,
 ) -> EvaluateResult:  # fmt: skip
     """Compare every variant with the teacher at 50 steps and with real images, and write reports/evaluate.json.
@@ -64,7 +64,7 @@ def evaluate(
         features: folder made by `features`.
         anchor: folder made by `anchor`: the margin.
         teacher: a Diffusers folder.
-        progressive: folder of students.
+        students: folders of students, one a family.
         schedules: folder made by `calibrate` for the teacher.
         out: folder of the reports; evaluate.json, samples.png, quality.png and paired.png appear in it together.
         seed: of the noise.
@@ -82,7 +82,7 @@ def evaluate(
             f"{anchor}: the margin was frozen with other features than {features} holds; run `anchor` again"
         )
     stored = read_model(teacher)
-    variants = [*teacher_variants(stored), *student_variants(progressive), *calibrated_variants(stored, schedules)]
+    variants = all_variants(stored, students, schedules)
     for variant in variants:
         variant.model.unet.config.check_data(data.shape, data.num_classes, f"{variant.name}: unet/config.json")
     samplers = _Samplers(config)

@@ -1,14 +1,19 @@
-"""What `dvc.yaml` says about code: each stage's task, and whether its `deps` cover the modules that the task runs."""
+"""What `dvc.yaml` says about code: each stage's task, and whether its `deps` cover the modules that the task runs.
+
+And which methods of distillation it has: `--methods-of params.yaml` takes them from a params file.
+"""
 
 import argparse
 import io
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from ado_tasks.closure import import_closure
+from ado_tasks.config import read_params, section
 from ado_tasks.errors import ConfigError
 from ado_tasks.storage import write_text
 
@@ -53,6 +58,34 @@ def write_code_deps(path: Path = GRAPH) -> None:
     for stage in graph["stages"].values():
         data = [dep for dep in stage["deps"] if not dep.startswith(_CODE) and dep != NUMERIC_VERSIONS]
         stage["deps"] = data + code_deps(task_of(stage["cmd"]))
+    _write(graph, path)
+
+
+def set_methods(graph: Any, methods: Sequence[str]) -> None:
+    """Let `distill` run these methods, and every stage that compares students take their families, in this order."""
+    matrix = graph["stages"]["distill"]["matrix"]
+    former = [f"models/{method}" for method in matrix["method"]]
+    matrix["method"][:] = list(methods)  # the list stays on its line
+    families = [f"models/{method}" for method in methods]
+    for stage in graph["stages"].values():
+        if "--students " not in stage["cmd"]:
+            continue
+        stage["cmd"] = stage["cmd"].replace("--students " + " ".join(former), "--students " + " ".join(families))
+        first = stage["deps"].index(former[0])
+        stage["deps"] = [
+            *stage["deps"][:first], *families, *(dep for dep in stage["deps"][first:] if dep not in former)
+        ]  # fmt: skip
+
+
+def methods_in(params: Path) -> list[str]:
+    """The methods that a params file has sections for, under `distill`. Raises ConfigError where it has none."""
+    found = section(read_params(params), "distill", str(params))
+    if not isinstance(found, Mapping) or not found:
+        raise ConfigError(f"{params}: distill: {found!r} is not allowed: a section for each method is required")
+    return list(found)
+
+
+def _write(graph: Any, path: Path) -> None:
     text = io.StringIO()
     _yaml().dump(graph, text)
     write_text(path, text.getvalue())
@@ -69,8 +102,16 @@ def main() -> int:
     """Renew the graph, or say what it misses."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="renew the code in every stage's deps")
-    if parser.parse_args().write:
+    parser.add_argument(
+        "--methods-of", type=Path, metavar="PARAMS", help="distil by each method that has a section in this file"
+    )
+    options = parser.parse_args()
+    if options.write:
         write_code_deps()
+    if options.methods_of is not None:
+        graph = read_graph()
+        set_methods(graph, methods_in(options.methods_of))
+        _write(graph, GRAPH)
     missing = missing_deps(read_graph())
     for stage, paths in missing.items():
         print(f"{stage}: deps do not list {', '.join(paths)}", file=sys.stderr)

@@ -20,7 +20,7 @@ from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Sampler
 from ado_tasks.storage import read_json, write_json
-from ado_tasks.variants import Variant, calibrated_variants, student_variants, teacher_variants
+from ado_tasks.variants import Variant, all_variants
 
 REFERENCE = "teacher-50"  # speed-ups are against it: same batch, device and precision
 
@@ -44,8 +44,8 @@ class MeasureResult:
 
 
 def measure(
-    config: MeasureConfig, *, teacher: Path, progressive: Path, schedules: Path, profile: Path, out: Path, seed: int,
-    report: Reporter = SILENT,
+    config: MeasureConfig, *, teacher: Path, students: tuple[Path, ...], schedules: Path, profile: Path, out: Path,
+    seed: int, report: Reporter = SILENT,
 ) -> MeasureResult:  # fmt: skip
     """Time every variant in turn, interleaved, and write reports/measure.json (design.md §5).
 
@@ -54,7 +54,7 @@ def measure(
     Args:
         config: see MeasureConfig.
         teacher: a Diffusers folder.
-        progressive: folder of students.
+        students: folders of students, one a family.
         schedules: folder made by `calibrate` for the teacher.
         profile: file made by `profile`, on this machine.
         out: the JSON file.
@@ -70,7 +70,7 @@ def measure(
             f"{profile} is of machine {planned['id']}, this is {machine.identity}: run `profile` here first"
         )
     stored = read_model(teacher)
-    variants = [*teacher_variants(stored), *student_variants(progressive), *calibrated_variants(stored, schedules)]
+    variants = all_variants(stored, students, schedules)
     start = _start(variants[0], config.batch_size, seed)
     samplers = {id(v.model): Sampler(v.model, config.batch_size, config.shards) for v in variants}
     actions = {variant.name: _sampling(samplers[id(variant.model)], variant, start) for variant in variants}

@@ -26,6 +26,7 @@ class Draw:
 
     noise: Images
     labels: npt.NDArray[np.int32] | None
+    seed: int = 0  # of the noise that a stochastic solver draws on its way
 
     def __len__(self) -> int:
         """How many samples."""
@@ -33,18 +34,18 @@ class Draw:
 
     def first(self, count: int) -> "Draw":
         """The first `count` of them."""
-        return Draw(self.noise[:count], None if self.labels is None else self.labels[:count])
+        return Draw(self.noise[:count], None if self.labels is None else self.labels[:count], self.seed)
 
     def begins(self, other: "Draw") -> bool:
         """Whether this is `other`, or its beginning."""
-        same = np.array_equal(self.noise, other.noise[: len(self)])
+        same = self.seed == other.seed and np.array_equal(self.noise, other.noise[: len(self)])
         if self.labels is None or other.labels is None:
             return same and self.labels is other.labels
         return same and np.array_equal(self.labels, other.labels[: len(self)])
 
 
 def draw(seed: int, purpose: str, count: int, part: Split) -> Draw:
-    """Noise and labels by name of purpose: "selection" and "report" never share a draw.
+    """Noise and labels by name of purpose: "selection" and "report" never share a draw, nor noise drawn on the way.
 
     Labels follow the frequencies of `part` exactly, as far as `count` allows.
     """
@@ -53,7 +54,7 @@ def draw(seed: int, purpose: str, count: int, part: Split) -> Draw:
     if part.num_classes:
         order = rng.generator(seed, "draw", purpose, "labels").permutation(len(part))
         labels = part.labels[np.resize(order, count)].astype(np.int32)
-    return Draw(np.array(noise), labels)
+    return Draw(np.array(noise), labels, rng.derive(seed, "draw", purpose, "solver"))
 
 
 class Sampler:
@@ -71,9 +72,7 @@ class Sampler:
         bound = () if labels is None else (labels,)
         return make_denoiser(lambda z, timestep: self._apply(z, timestep, *bound), self.schedule, self.kind)
 
-    def __call__(
-        self, start: Draw, solver: str, times: np.ndarray, *, seed: int = 0, report: Reporter = SILENT
-    ) -> Images:
+    def __call__(self, start: Draw, solver: str, times: np.ndarray, *, report: Reporter = SILENT) -> Images:
         """Samples (n, H, W, C) float32, not clipped.
 
         The last batch is padded to full size, so that one compiled shape serves all and a sample does not depend on n.
@@ -87,7 +86,7 @@ class Sampler:
             rows = np.arange(first, first + self.batch_size) % len(start)
             labels = None if start.labels is None else mx.array(start.labels[rows])
             noise = mx.array(start.noise[rows])
-            key = rng.key(seed, "solver", first)
+            key = rng.key(start.seed, "solver", first)
             batches.append(np.array(sample(self.denoiser(labels), noise, times, self.schedule, key=key)))
             report.progress(min(first + self.batch_size, len(start)), len(start))
         images = np.concatenate(batches)[: len(start)]

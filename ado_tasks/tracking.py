@@ -52,7 +52,7 @@ def recorded(
         "section": section,
         "task": task,
         "params": as_plain(settings),
-        "inputs": {name: value if isinstance(value, int) else str(value) for name, value in inputs.items()},
+        "inputs": {name: _plain(value) for name, value in inputs.items()},
         "command": [Path(sys.executable).name, "-m", "ado_tasks", *sys.argv[1:]],
         "git": _git_revision(),
         "hardware": {**numeric_fingerprint(), "cores": os.cpu_count(), "system": platform.platform()},
@@ -72,6 +72,13 @@ def recorded(
         record["ended_ms"] = int(time.time() * 1e3)
         storage.write_json(folder / "record.json", record)
         start_uploader()
+
+
+def _plain(value: Any) -> int | str:
+    """A seed, a path, or several paths, as a record keeps them."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return value if isinstance(value, int) else str(value)
 
 
 def start_uploader() -> None:

@@ -1,5 +1,6 @@
 """The variants of a model that are compared: which weights, which solver, where it steps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import numpy as np
 from ado_tasks.diffusion import grids
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.diffusion.solvers import SOLVERS
-from ado_tasks.errors import ArtifactError
-from ado_tasks.interop.diffusers_folder import StoredModel, read_model
+from ado_tasks.errors import ArtifactError, ConfigError
+from ado_tasks.interop.diffusers_folder import RECORD, StoredModel, read_model
 from ado_tasks.models.weights import parameter_count
 from ado_tasks.storage import read_json
 
@@ -54,9 +55,28 @@ def student_variants(family: Path) -> list[Variant]:
     steps = sorted((int(path.name) for path in family.glob("*") if path.name.isdigit()), reverse=True)
     if not steps:
         raise ArtifactError(f"{family}: no student in it; folders named by their number of steps are expected")
-    return [
-        Variant(f"{family.name}-{n}", "ddim", "ddim", grids.uniform_time(n), read_model(family / str(n))) for n in steps
-    ]
+    return [student_variant(family / str(n)) for n in steps]
+
+
+def student_variant(folder: Path) -> Variant:
+    """The student in a folder <family>/<steps>, with the sampler that its record names.
+
+    DDIM on uniform times where it names none. Raises ArtifactError where it names one that does not exist, or times
+    that are not of that many steps.
+    """
+    model, steps = read_model(folder), int(folder.name)
+    said = model.record.get("sampler", {})
+    try:
+        method, times = said.get("solver", "ddim"), said.get("times", grids.uniform_time(steps))
+        times = np.array(times, dtype=np.float64)
+        allowed = method in SOLVERS and times.shape == (steps + 1,)
+    except (AttributeError, TypeError, ValueError):
+        method, times, allowed = "", np.zeros(0), False
+    if not allowed:
+        raise ArtifactError(
+            f"{folder / RECORD}: the sampler is {said}; allowed: one of {', '.join(SOLVERS)} at {steps + 1} times"
+        )
+    return Variant(f"{folder.parent.name}-{steps}", method, method, times, model)
 
 
 def calibrated_variants(teacher: StoredModel, schedules: Path) -> list[Variant]:
@@ -66,6 +86,21 @@ def calibrated_variants(teacher: StoredModel, schedules: Path) -> list[Variant]:
         Variant(f"calibrated-{entry['nfe']}", "ipndm+gits", "ipndm", np.array(entry["times"]), teacher)
         for entry in sorted(learned, key=lambda entry: -entry["nfe"])
     ]
+
+
+def all_variants(teacher: StoredModel, students: Sequence[Path], schedules: Path) -> list[Variant]:
+    """Everything that is compared: the teacher, each family of students, the teacher at learned knots.
+
+    Raises:
+        ConfigError: two families have one name, and so would their variants.
+    """
+    names = [family.name for family in students]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"students: {', '.join(map(str, students))}: two families of one name; allowed: different ones"
+        )
+    families = [variant for family in students for variant in student_variants(family)]
+    return [*teacher_variants(teacher), *families, *calibrated_variants(teacher, schedules)]
 
 
 def read_knots(schedules: Path) -> list[dict[str, Any]]:

@@ -70,6 +70,30 @@ def test_renewing_keeps_comments_and_data(tmp_path: Path) -> None:
     assert path.read_text() == (ROOT / "dvc.yaml").read_text()
 
 
+def test_methods_are_those_of_a_params_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another method is a word in the matrix, and a folder in the commands and deps of what compares; and back."""
+    before = (ROOT / "dvc.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text(before)
+    Path("one.yaml").write_text("distill: {progressive: {}}")
+    Path("two.yaml").write_text("distill: {progressive: {}, consistency: {method: consistency}}")
+    Path("none.yaml").write_text("distill: {}")
+    for name in ("two", "two", "one", "two"):
+        monkeypatch.setattr(sys, "argv", ["graph", "--methods-of", f"{name}.yaml"])
+        assert graph.main() == 0
+        if name == "one":
+            assert Path("dvc.yaml").read_text() == before
+    stages = graph.read_graph(Path("dvc.yaml"))["stages"]
+    assert stages["distill"]["matrix"]["method"] == ["progressive", "consistency"]
+    for name in ("measure", "evaluate"):
+        assert "--students models/progressive models/consistency --schedules" in stages[name]["cmd"]
+        assert {"models/progressive", "models/consistency"} <= set(stages[name]["deps"])
+        assert len(stages[name]["deps"]) == len(set(stages[name]["deps"]))
+    assert len(Path("dvc.yaml").read_text().splitlines()) == len(before.splitlines()) + 2
+    with pytest.raises(ConfigError, match=r"none\.yaml: distill: \{\} is not allowed"):
+        graph.methods_in(Path("none.yaml"))
+
+
 def test_the_watched_versions_are_the_locked_ones() -> None:
     assert graph.NUMERIC_VERSIONS == str(versions.FILE)
     assert versions.read_json(ROOT / versions.FILE) == versions.locked(ROOT / "uv.lock")

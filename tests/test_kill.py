@@ -28,13 +28,17 @@ train:
 distill:
   progressive: {teacher_steps: 4, student_steps: [2, 1], stage_steps: 30, batch_size: 16, checkpoint_every: 10,
                 matching: {steps: [0, 30], batch_size: 8}}
+  consistency: {method: consistency, steps: 60, batch_size: 16, warmup_steps: 5, checkpoint_every: 10,
+                search_samples: 50, search_levels: 3}
 """
 COMMANDS = {
     "train": ["train", "--dataset", "data", "--out", "models/teacher", "--scratch", "scratch"],
     "distill": ["distill", "--section", "distill.progressive", "--teacher", "models/teacher", "--dataset", "data",
                 "--out", "models/progressive", "--scratch", "scratch"],
+    "tune": ["distill", "--section", "distill.consistency", "--teacher", "models/teacher", "--dataset", "data",
+             "--out", "models/consistency", "--scratch", "scratch"],
 }  # fmt: skip
-OUTPUT = {"train": "models/teacher", "distill": "models/progressive"}
+OUTPUT = {"train": "models/teacher", "distill": "models/progressive", "tune": "models/consistency"}
 
 
 def start(workspace: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -77,7 +81,7 @@ def check_kills(
     (tmp_path / "params.yaml").write_text(PARAMS)
     (tmp_path / "data").symlink_to(source / "data")
     (tmp_path / "models").mkdir()
-    if task == "distill":
+    if task != "train":
         (tmp_path / "models" / "teacher").symlink_to(source / "models" / "teacher")
     out = tmp_path / OUTPUT[task]
     killed = 0

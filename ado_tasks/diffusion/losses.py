@@ -63,3 +63,12 @@ def weighted_charbonnier_error(x_hat: mx.array, x: mx.array, weights: mx.array, 
     """
     scaled = weights.reshape(-1, *[1] * (x.ndim - 1)) * mx.square(x_hat - x)
     return mx.mean((mx.sqrt(scaled + c * c) - c).reshape(x.shape[0], -1), axis=1)
+
+
+def weighted_norm_error(x_hat: mx.array, x: mx.array, weights: mx.array, c: float) -> mx.array:
+    """The distance w (√(‖x̂ − x‖² + c²) − c) of whole images, c > 0: (B, …), (B, …), (B,) → (B,).
+
+    Pseudo-Huber (Song & Dhariwal 2024, §3.3), computed as ‖·‖²/(√(‖·‖² + c²) + c): nothing cancels near 0.
+    """
+    squared = mx.sum(mx.square(x_hat - x).reshape(x.shape[0], -1), axis=1)
+    return weights * squared / (mx.sqrt(squared + c * c) + c)

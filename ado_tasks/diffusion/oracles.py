@@ -32,6 +32,19 @@ def gaussian_solution(
     return alpha_s * mean + float(scale) * (z - alpha_t * mean)
 
 
+def gaussian_consistency(schedule: NoiseSchedule, std: float | mx.array, mean: float = 0.0) -> Denoiser:
+    """The exact consistency function of N(mean, std²): where the solution through z at time t ends, at t = 0.
+
+    m + s/√(α² s² + σ²) (z − α m); in EDM's variables, with u = σ/α, m + s/√(s² + u²) (z/α − m).
+    """
+
+    def denoise(z: mx.array, t: mx.array) -> mx.array:
+        alpha, sigma = (expand(c, z) for c in schedule.alpha_sigma(t))
+        return mean + std / mx.sqrt((alpha * std) ** 2 + sigma**2) * (z - alpha * mean)
+
+    return denoise
+
+
 def mixture_denoiser(
     schedule: NoiseSchedule, means: np.ndarray, std: float, weights: np.ndarray | None = None
 ) -> Denoiser:

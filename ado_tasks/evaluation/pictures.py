@@ -9,8 +9,11 @@ from matplotlib.figure import Figure
 
 from ado_tasks.pictures import plain_axes, save_figure
 
-COLOURS = {"teacher": "#8a8f98", "calibrated": "#3274b5", "progressive": "#c8452f"}
-LABELS = {"teacher": "teacher, plain DDIM", "calibrated": "teacher, learned steps", "progressive": "distilled"}
+COLOURS = {"teacher": "#8a8f98", "calibrated": "#3274b5", "progressive": "#c8452f", "consistency": "#7a4fb0"}
+LABELS = {
+    "teacher": "teacher, plain DDIM", "calibrated": "teacher, learned steps", "progressive": "distilled",
+    "consistency": "tuned to consistency",
+}  # fmt: skip
 
 
 def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float) -> None:

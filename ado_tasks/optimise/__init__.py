@@ -1,1 +1,1 @@
-"""Ways to make a diffusion model cheaper: progressive distillation, learned knots, and the training they share."""
+"""Ways to make a diffusion model cheaper: distillation, consistency, learned knots, and the training they share."""

@@ -58,7 +58,7 @@ class DiffusionModel(PythonModel):
         rows = []
         for seed, count, label in wanted:
             start = start_of(self._package, seed, count, label)
-            images = self._sampler(start, self._package.method, np.array(self._package.times), seed=seed)
+            images = self._sampler(start, self._package.method, np.array(self._package.times))
             labels = np.full(count, ANY) if start.labels is None else start.labels
             rows += [
                 {"seed": seed, "index": index, "label": int(labels[index]), "png": as_png(images[index])}
@@ -97,9 +97,9 @@ def start_of(package: Package, seed: int, count: int, label: int = ANY) -> Draw:
     shape = package.shape
     noise = np.stack([np.array(mx.random.normal(shape, key=rng.key(seed, "serve", i))) for i in range(count)])
     if not package.classes:
-        return Draw(noise, None)
+        return Draw(noise, None, seed)
     labels = np.arange(count) % package.classes if label == ANY else np.full(count, label)
-    return Draw(noise, labels.astype(np.int32))
+    return Draw(noise, labels.astype(np.int32), seed)
 
 
 def as_png(image: Images) -> str:

@@ -7,12 +7,11 @@ from typing import Any
 import yaml
 
 from ado_tasks.config import read_params
-from ado_tasks.diffusion import grids
 from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.interop.package import Package
 from ado_tasks.storage import read_json
-from ado_tasks.variants import Variant, calibrated_variants, teacher_variants
+from ado_tasks.variants import Variant, calibrated_variants, student_variant, teacher_variants
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Workspace:
             if found is None:
                 raise ArtifactError(f"variant {name!r}: no such schedule; there: {', '.join(v.name for v in learned)}")
             return found
-        return Variant(name, "ddim", "ddim", grids.uniform_time(steps), read_model(models / family / str(steps)))
+        return student_variant(models / family / str(steps))
 
     def dvc_hashes(self) -> dict[str, str]:
         """What dvc.lock says of every stage's outputs, by path; empty where there is no lock."""

@@ -62,6 +62,15 @@ def test_charbonnier_has_a_finite_gradient_where_nothing_is_wrong():
     np.testing.assert_array_equal(np.array(slope), 0)
 
 
+def test_pseudo_huber_is_of_a_whole_images_norm():
+    x, weights, c = mx.zeros((3, 2, 2, 1)), mx.array([1.0, 4.0, 1.0]), 0.1
+    error = mx.array([1e-4, 1e3, 0.5]).reshape(3, 1, 1, 1)
+    found = np.array(losses.weighted_norm_error(x + error, x, weights, c))  # norms of four equal pixels: twice one's
+    np.testing.assert_allclose(found, [4e-8 / (2 * c), 4 * (2e3 - c), np.sqrt(1 + c * c) - c], rtol=1e-4)
+    slope = mx.grad(lambda y: mx.sum(losses.weighted_norm_error(y, x, weights, c)))(x)
+    np.testing.assert_array_equal(np.array(slope), 0)
+
+
 def test_unknown_weight_is_refused_by_name():
     with pytest.raises(ConfigError, match="loss: 'huber'"):
         losses.weight("huber")

@@ -5,7 +5,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from ado_tasks.backend import mx
-from ado_tasks.diffusion.oracles import gaussian_denoiser, gaussian_solution, mixture_denoiser
+from ado_tasks.diffusion.oracles import gaussian_consistency, gaussian_denoiser, gaussian_solution, mixture_denoiser
 from ado_tasks.diffusion.schedules import Cosine, Edm, LinearBeta
 
 SCHEDULES = [Edm(), Cosine(), LinearBeta()]
@@ -63,3 +63,14 @@ def test_gaussian_solution_is_the_solution_of_the_ode(schedule):
     with mx.stream(mx.cpu):
         ours = gaussian_solution(mx.array([[1.3]], dtype=mx.float64), start, end, schedule, std, mean).item()
     assert ours == pytest.approx(exact, rel=1e-7)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_the_consistency_function_is_where_the_exact_solution_ends(schedule):
+    z, f = mx.array([[-1.3], [0.2], [2.0]]), gaussian_consistency(schedule, 0.5, mean=0.7)
+    for t in (0.05, 0.5, 0.99):
+        wanted = gaussian_solution(z, t, 0.0, schedule, 0.5, mean=0.7)
+        np.testing.assert_allclose(np.array(f(z, mx.full((3,), t))), np.array(wanted), rtol=2e-4, atol=1e-5)
+        # On the way of one solution it says the same everywhere: what makes it a consistency function.
+        half = gaussian_solution(z, t, t / 2, schedule, 0.5, mean=0.7)
+        np.testing.assert_allclose(np.array(f(half, mx.full((3,), t / 2))), np.array(wanted), rtol=2e-4, atol=1e-5)

@@ -9,9 +9,9 @@ from scipy.integrate import solve_ivp
 from ado_tasks.backend import mx
 from ado_tasks.diffusion.denoiser import make_denoiser
 from ado_tasks.diffusion.grids import edm_rho, uniform_log_snr, uniform_time
-from ado_tasks.diffusion.oracles import gaussian_denoiser, gaussian_solution, mixture_denoiser
+from ado_tasks.diffusion.oracles import gaussian_consistency, gaussian_denoiser, gaussian_solution, mixture_denoiser
 from ado_tasks.diffusion.schedules import Cosine, Edm, LinearBeta
-from ado_tasks.diffusion.solvers import SOLVERS, ancestral, ddim, dpmpp_2m, heun, ipndm, solver
+from ado_tasks.diffusion.solvers import SOLVERS, ancestral, consistency, ddim, dpmpp_2m, heun, ipndm, solver
 from ado_tasks.diffusion.solvers.ancestral import posterior
 from ado_tasks.errors import ConfigError
 
@@ -229,6 +229,55 @@ def test_ancestral_noise_is_fresh_at_every_step_and_seed():
             draws.append(np.array(states[i + 1] - of_z * states[i])[:, 0] / std)
     correlations = np.corrcoef(draws) - np.eye(6)
     assert np.abs(correlations).max() < 0.04  # 5.6 standard errors
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=by_name)
+@pytest.mark.parametrize("middle", [(), (0.6,), (0.8, 0.5, 0.2)], ids=len)
+def test_consistency_sampling_is_exact_on_every_grid_for_the_exact_function(middle, schedule):
+    # The standard deviation of the first evaluation follows from that of the noise; noised anew, all is exact.
+    f = gaussian_consistency(schedule, STD, mean=0.3)
+    x = consistency(f, noise(200_000, schedule), [1.0, *middle, 0.0], schedule, key=mx.random.key(5))
+    assert float(mx.std(x)) == pytest.approx(STD, rel=0.01)  # six standard errors
+    assert float(mx.mean(x)) == pytest.approx(0.3, abs=0.012)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=by_name)
+def test_consistency_sampling_of_a_denoiser_is_too_narrow_by_its_recursion(schedule):
+    grid = [1.0, 0.7, 0.4, 0.0]
+    alpha, sigma = schedule.alpha_sigma(np.array(grid))
+    variance = sigma[0] ** 2
+    for i in range(3):
+        gain = alpha[i] * STD**2 / (alpha[i] ** 2 * STD**2 + sigma[i] ** 2)
+        variance = alpha[i + 1] ** 2 * gain**2 * variance + sigma[i + 1] ** 2
+    x = consistency(gaussian_denoiser(schedule, STD), noise(200_000, schedule), grid, schedule, key=mx.random.key(7))
+    assert float(mx.var(x)) == pytest.approx(variance, rel=0.02)
+    assert variance < 0.97 * STD**2
+
+
+def test_consistency_sampling_noises_anew_in_every_step_and_not_in_the_last():
+    schedule, grid = Cosine(), [1.0, 0.6, 0.3, 0.0]
+    alpha, sigma = schedule.alpha_sigma(np.array(grid))
+    start = noise(20_000, schedule)
+    _, states = consistency(
+        lambda z, t: mx.full(z.shape, 0.8), start, grid, schedule, key=mx.random.key(1), trajectory=True
+    )
+    drawn = [np.array(states[i] - alpha[i] * 0.8)[:, 0] / sigma[i] for i in (1, 2)]
+    assert [float(each.std()) for each in drawn] == pytest.approx([1, 1], abs=0.03)
+    correlations = np.corrcoef([np.array(start)[:, 0], *drawn]) - np.eye(3)
+    assert np.abs(correlations).max() < 0.04  # 5.6 standard errors
+    np.testing.assert_array_equal(np.array(states[-1]), np.float32(0.8))
+
+
+def test_consistency_sampling_in_one_step_is_the_function_and_needs_no_key():
+    schedule, z = Cosine(), noise(6, Cosine())
+    f, keys = gaussian_consistency(schedule, STD), mx.random.split(mx.random.key(3), 6)
+    np.testing.assert_array_equal(consistency(f, z, [0.9, 0.0], schedule), f(z, mx.full((6,), 0.9)))
+    whole = consistency(f, z, [0.9, 0.4, 0.0], schedule, key=keys)
+    part = consistency(f, z[2:4], [0.9, 0.4, 0.0], schedule, key=keys[2:4])
+    np.testing.assert_array_equal(np.array(whole)[2:4], np.array(part))
+    for grid in ([0.9, 0.4, 0.0], [0.9, 0.4]):
+        with pytest.raises(ConfigError, match="key"):
+            consistency(f, z, grid, schedule)
 
 
 @pytest.mark.parametrize("name", SOLVERS)

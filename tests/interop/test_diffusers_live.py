@@ -11,7 +11,8 @@ from ado_tasks.backend import mx
 from ado_tasks.diffusion import grids
 from ado_tasks.diffusion.denoiser import make_denoiser
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
-from ado_tasks.diffusion.solvers import ddim
+from ado_tasks.diffusion.solvers import SOLVERS, ddim
+from ado_tasks.diffusion.solvers.common import keys_of_steps, noise_like
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model, read_unet, write_model
 from ado_tasks.models.initialise import initialise
 from ado_tasks.models.unet import UNet2D
@@ -131,3 +132,42 @@ def test_a_scheduler_that_is_not_ddim_stays_what_it_is(tmp_path):
     write_model(tmp_path / "model", _unet(UNCONDITIONAL), scheduler, RECORD)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
     assert isinstance(pipeline.scheduler, diffusers.DDPMScheduler)
+
+
+@pytest.mark.parametrize("timesteps", [[991], [991, 424], [991, 700, 55]], ids=len)
+def test_a_consistency_students_snippet_makes_our_images_there(tmp_path, monkeypatch, timesteps):
+    """The words of ado.json, run as they stand. Diffusers' LCMScheduler at the same timesteps comes to the same."""
+    from ado_tasks.distillation import consistency
+
+    schedule, labels = schedule_from_diffusers(SCHEDULER), np.array([2, 0])
+    unet = _unet(CONFIG)
+    write_model(tmp_path / "model", unet, SCHEDULER, RECORD)
+    noise = np.random.default_rng(1).standard_normal((2, 8, 8, 3)).astype(np.float32)
+    between = [noise_like(mx.array(noise), key) for key in keys_of_steps(mx.random.key(0), len(timesteps))]
+    between = [_to_torch(np.array(each)) for each in between]
+    denoise = make_denoiser(lambda z, t: unet(z, t, mx.array(labels)), schedule, "v_prediction")
+    times = np.append((np.array(timesteps) + 1) / 1000, 0.0)
+    ours = np.array(SOLVERS["consistency"].sample(denoise, mx.array(noise), times, schedule, key=mx.random.key(0)))
+
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "model", subfolder="unet")
+    given = {
+        "folder": tmp_path / "model", "timesteps": timesteps, "unet": theirs, "labels": torch.from_numpy(labels),
+        "x": _to_torch(noise), "torch": torch, "DDIMScheduler": diffusers.DDIMScheduler,
+    }  # fmt: skip
+    drawn = iter(between)
+    monkeypatch.setattr(torch, "randn_like", lambda x: next(drawn))
+    with torch.no_grad():
+        exec(consistency.SNIPPET, given)
+    assert given["x"].std() > 0.05
+    np.testing.assert_allclose(given["x"].permute(0, 2, 3, 1).numpy(), ours, rtol=0, atol=1e-4)
+
+    drawn = iter(between)
+    scheduler = getattr(diffusers, consistency.SCHEDULER).from_pretrained(tmp_path / "model", subfolder="scheduler")
+    scheduler.set_timesteps(timesteps=timesteps)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: next(drawn))
+    x = _to_torch(noise)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            said = theirs(x, t, class_labels=torch.from_numpy(labels)).sample
+            x, denoised = scheduler.step(said, t, x, return_dict=False)
+    np.testing.assert_allclose(denoised.permute(0, 2, 3, 1).numpy(), ours, rtol=0, atol=1e-4)

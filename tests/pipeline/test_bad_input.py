@@ -157,7 +157,7 @@ def test_a_report_of_another_kind(workspace: Path, capsys, content: str) -> None
     (workspace / "anchor").mkdir()
     for name in ("profile.json", "anchor/anchor.json"):
         (workspace / name).write_text(content)
-    models = "--teacher t --progressive p --schedules s"
+    models = "--teacher t --students p --schedules s"
     refused(f"measure {models} --profile profile.json --out m.json", ArtifactError, ["profile.json: has no id"], capsys)
     words = ["anchor/anchor.json: has no features_sha256, margin"]
     refused(f"evaluate {models} --dataset d --features f --anchor anchor --out r", ArtifactError, words, capsys)

@@ -1,7 +1,8 @@
 """Every task of the graph is pure: done again elsewhere it gives the same bytes, and moves nothing but its outputs.
 
-The graph is that of dvc.yaml, with tiny settings. One process runs it from end to end; this one repeats each task by
-itself, with another hash seed, in another folder, from other random states, given nothing but its declared data.
+The graph is that of dvc.yaml, every method of distillation added, with tiny settings. One process runs it from end to
+end; this one repeats each task by itself, with another hash seed, in another folder, from other random states, given
+nothing but its declared data.
 """
 
 import json
@@ -47,6 +48,8 @@ train:
 anchor: {n_generated: 100, steps: 6, coarse_steps: 1, batch_size: 50}
 distill:
   progressive: {teacher_steps: 2, student_steps: [1], stage_steps: 10, batch_size: 16, checkpoint_every: 5}
+  consistency: {method: consistency, steps: 10, batch_size: 16, warmup_steps: 2, checkpoint_every: 5,
+                search_samples: 50, search_levels: 2}
 calibrate:
   teacher: {nfe: [2], samples: 8, validation_samples: 8, points: 12, max_solves: 3}
 measure: {batch_size: 2, rounds: 3, shards: 1}
@@ -75,6 +78,11 @@ class Stage:
             for name, path in vars(options).items()
             if isinstance(path, Path) and name != "params"
         }
+        given |= {
+            name: tuple(inputs / path for path in paths)
+            for name, paths in vars(options).items()
+            if isinstance(paths, list)
+        }
         wanted = signature(function).parameters
         given |= {name: value for name, value in {"seed": SEED, "scratch": scratch}.items() if name in wanted}
         function(settings, **given)
@@ -82,8 +90,9 @@ class Stage:
 
 def stages() -> dict[str, Stage]:
     """Every stage of dvc.yaml, in its order, as "train" or "distill@progressive"."""
-    found = {}
-    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
+    found, whole = {}, graph.read_graph(ROOT / "dvc.yaml")
+    graph.set_methods(whole, list(PARAMS["distill"]))
+    for name, stage in whole["stages"].items():
         ((variable, items),) = stage.get("matrix", {"": [""]}).items()
         for item in items:
             values = {"dataset": "digits", f"item.{variable}": item}

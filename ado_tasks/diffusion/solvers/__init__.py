@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ado_tasks.backend import mx
 from ado_tasks.diffusion.solvers.ancestral import ancestral
 from ado_tasks.diffusion.solvers.common import Times
+from ado_tasks.diffusion.solvers.consistency import consistency
 from ado_tasks.diffusion.solvers.ddim import ddim, ddim_step
 from ado_tasks.diffusion.solvers.dpmpp_2m import dpmpp_2m
 from ado_tasks.diffusion.solvers.heun import heun
@@ -21,7 +22,7 @@ Sampler = Callable[..., mx.array | tuple[mx.array, list[mx.array]]]
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler and what it costs. `order` is its measured order of convergence."""
+    """A sampler and what it costs. `order` is its measured order of convergence; 0 where it has none."""
 
     name: str
     sample: Sampler
@@ -43,6 +44,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("heun", heun, order=2, evaluations_a_step=2),
         Solver("dpmpp_2m", dpmpp_2m, order=2),
         Solver("ipndm", ipndm, order=2),
+        Solver("consistency", consistency, order=0, stochastic=True),
     )
 }
 
@@ -54,4 +56,7 @@ def solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
-__all__ = ["SOLVERS", "Sampler", "Solver", "ancestral", "ddim", "ddim_step", "dpmpp_2m", "heun", "ipndm", "solver"]
+__all__ = [
+    "SOLVERS", "Sampler", "Solver", "ancestral", "consistency", "ddim", "ddim_step", "dpmpp_2m", "heun", "ipndm",
+    "solver",
+]  # fmt: skip

@@ -12,10 +12,8 @@ import math
 from ado_tasks.backend import mx
 from ado_tasks.diffusion.denoiser import Denoiser
 from ado_tasks.diffusion.schedules import NoiseSchedule
-from ado_tasks.diffusion.solvers.common import Times, coefficients, finish, times_of
+from ado_tasks.diffusion.solvers.common import Times, coefficients, finish, keys_of_steps, noise_like, times_of
 from ado_tasks.errors import ConfigError
-
-_BATCH_OF_KEYS = 2  # dimensions of a key a sample, (B, 2); one key has one
 
 
 def ancestral(
@@ -38,14 +36,14 @@ def ancestral(
     if key is None:
         raise ConfigError("key: the ancestral sampler draws noise and needs a random key; none was given")
     levels = coefficients(schedule, times)
-    keys = _keys_of_steps(key, len(levels) - 1)
+    keys = keys_of_steps(key, len(levels) - 1)
     states = [z]
     for i in range(len(levels) - 1):
         of_z, of_x, std = posterior(*levels[i], *levels[i + 1])
         x_hat = denoise(z, times_of(times[i], z))
         z = of_z * z + of_x * x_hat
         if std > 0:
-            z = z + std * _noise(z, keys[i])
+            z = z + std * noise_like(z, keys[i])
         mx.async_eval(z)
         states.append(z)
     return finish(states, trajectory)
@@ -56,17 +54,3 @@ def posterior(alpha_t: float, sigma_t: float, alpha_s: float, sigma_s: float) ->
     ratio = (alpha_t / alpha_s) * (sigma_s / sigma_t)  # √r
     remainder = (1 - ratio) * (1 + ratio)
     return ratio * sigma_s / sigma_t, alpha_s * remainder, sigma_s * math.sqrt(remainder)
-
-
-def _noise(z: mx.array, keys: mx.array) -> mx.array:
-    """Standard normal noise shaped as z from one key, (2,), or a key a sample, (B, 2)."""
-    if keys.ndim < _BATCH_OF_KEYS:
-        return mx.random.normal(z.shape, key=keys).astype(z.dtype)
-    return mx.stack([mx.random.normal(z.shape[1:], key=one) for one in keys]).astype(z.dtype)
-
-
-def _keys_of_steps(key: mx.array, steps: int) -> list[mx.array]:
-    """The keys of each step: of one key, or of a key a sample."""
-    if key.ndim < _BATCH_OF_KEYS:
-        return list(mx.random.split(key, steps))
-    return list(mx.stack([mx.random.split(one, steps) for one in key], axis=1))

@@ -30,6 +30,23 @@ def times_of(t: float, z: mx.array) -> mx.array:
     return mx.full((z.shape[0],), float(t), dtype=mx.float64 if z.dtype == mx.float64 else mx.float32)
 
 
+_BATCH_OF_KEYS = 2  # dimensions of a key a sample, (B, 2); one key has one
+
+
+def noise_like(z: mx.array, key: mx.array) -> mx.array:
+    """Standard normal noise shaped as z from one key, (2,), or a key a sample, (B, 2)."""
+    if key.ndim < _BATCH_OF_KEYS:
+        return mx.random.normal(z.shape, key=key).astype(z.dtype)
+    return mx.stack([mx.random.normal(z.shape[1:], key=one) for one in key]).astype(z.dtype)
+
+
+def keys_of_steps(key: mx.array, steps: int) -> list[mx.array]:
+    """The keys of each step: of one key, or of a key a sample."""
+    if key.ndim < _BATCH_OF_KEYS:
+        return list(mx.random.split(key, steps))
+    return list(mx.stack([mx.random.split(one, steps) for one in key], axis=1))
+
+
 def finish(states: list[mx.array], trajectory: bool) -> mx.array | tuple[mx.array, list[mx.array]]:
     """The final state, with all states from the initial noise on if a trajectory is wanted."""
     return (states[-1], states) if trajectory else states[-1]
