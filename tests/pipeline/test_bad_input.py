@@ -138,7 +138,7 @@ def test_a_pickle_in_an_archive_is_never_opened(workspace: Path, capsys) -> None
     ("params", "words"),
     [
         ("seed: 0\nprepare: {name: é}\n".encode("latin-1"), ["params.yaml", "utf-8"]),
-        (b"seed: 0\nprepare: &a {name: *a}\n", ["prepare", "Circular"]),
+        (b"seed: 0\nprepare: &a {name: *a}\n", ["prepare", "a mapping that holds itself"]),
         (b"seed: 0\nprepare: {train: .inf}\n", ["prepare.train", "inf is not allowed", "finite"]),
         (b"seed: 1" + 5000 * b"0" + b"\nprepare: {}\n", ["params.yaml", "digits"]),
     ],
