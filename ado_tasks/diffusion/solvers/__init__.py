@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ado_tasks.backend import mx
 from ado_tasks.diffusion.solvers.ancestral import ancestral
+from ado_tasks.diffusion.solvers.angle_ab2 import angle_ab2
 from ado_tasks.diffusion.solvers.common import Times
 from ado_tasks.diffusion.solvers.ddim import ddim, ddim_step
 from ado_tasks.diffusion.solvers.dpmpp_2m import dpmpp_2m
@@ -43,6 +44,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("heun", heun, order=2, evaluations_a_step=2),
         Solver("dpmpp_2m", dpmpp_2m, order=2),
         Solver("ipndm", ipndm, order=2),
+        Solver("angle_ab2", angle_ab2, order=2),
     )
 }
 
@@ -54,4 +56,16 @@ def solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
-__all__ = ["SOLVERS", "Sampler", "Solver", "ancestral", "ddim", "ddim_step", "dpmpp_2m", "heun", "ipndm", "solver"]
+__all__ = [
+    "SOLVERS",
+    "Sampler",
+    "Solver",
+    "ancestral",
+    "angle_ab2",
+    "ddim",
+    "ddim_step",
+    "dpmpp_2m",
+    "heun",
+    "ipndm",
+    "solver",
+]
