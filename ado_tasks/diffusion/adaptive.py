@@ -13,6 +13,9 @@ and since G is known in closed form the longest such step is solved for, not gue
 costs one evaluation. `heun` takes p from the step's own two ends: two evaluations; a step whose error turns out too
 large is taken again from the x̂ that is known, for one more.
 
+What a step may err at each angle can be learned from a fixed schedule (`error_profile`): a sample of mean difficulty
+then steps as that schedule does, and others sooner or later.
+
 The widely copied adaptive sampler (k-diffusion's `dpm_solver_adaptive`) takes ‖·‖ over the whole batch: all its samples
 share a step, and what comes out depends on who else was asked for. Here nothing is shared: each lane of a batch of
 fixed shape holds a sample of its own at a time of its own; one that is finished hands its lane to the next.
@@ -20,6 +23,7 @@ fixed shape holds a sample of its own at a time of its own; one that is finished
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -27,12 +31,16 @@ import numpy.typing as npt
 
 from ado_tasks.backend import mx
 from ado_tasks.diffusion.angle import Floats, angle, reach, slope_gain, time_of
+from ado_tasks.diffusion.denoiser import Denoiser
 from ado_tasks.diffusion.parameterisation import SIGMA_DATA, expand
 from ado_tasks.diffusion.schedules import NoiseSchedule
+from ado_tasks.diffusion.solvers.angle_ab2 import angle_ab2
+from ado_tasks.diffusion.solvers.common import Times
 from ado_tasks.diffusion.solvers.ddim import ddim_step
 from ado_tasks.errors import ConfigError, DivergenceError
 
 Method = Literal["multistep", "heun"]
+Profile = tuple[tuple[float, float], ...]
 Images = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.intp]
 Mask = npt.NDArray[np.bool_]
@@ -58,6 +66,7 @@ class StepControl:
     max_nfe: int = 100  # never exceeded: near it, steps become as long as they must
     method: Method = "multistep"
     start: float = 1.0  # the time of the first evaluation; below 1 the noise is taken as if it were z there
+    profile: Profile = ()  # (angle, factor of atol) by falling angle, log-linear in between; none: 1 everywhere
     first_std: float = (
         SIGMA_DATA  # the first step is as long as for N(0, first_std²), whose slope at φ = π/2 is first_std²
     )
@@ -72,6 +81,9 @@ class StepControl:
             raise ConfigError(f"method: {self.method!r} is not allowed; allowed: {', '.join(get_args(Method))}")
         if not 0 < self.start <= 1:
             raise ConfigError(f"start: {self.start} is not allowed: above 0, at most 1")
+        angles, factors = zip(*self.profile, strict=True) if self.profile else ((), ())
+        if (np.diff(angles) >= 0).any() or not all(factor > 0 for factor in factors):
+            raise ConfigError(f"profile: {self.profile} is not allowed: falling angles with positive factors")
         if not self.first_std > 0:
             raise ConfigError(f"first_std: {self.first_std} is not allowed: it must be positive")
 
@@ -110,6 +122,34 @@ def adaptive(
         step(work, x_hat)
         work.hand_over()
     return AdaptiveSamples(work.images, work.nfe, work.was_capped, calls)
+
+
+def error_profile(
+    denoise: Denoiser, z: mx.array, times: Times, schedule: NoiseSchedule, first_std: float = SIGMA_DATA
+) -> Profile:
+    """What `angle_ab2` errs in each step of a fixed schedule by its own estimate, mean over samples: a `profile`.
+
+    With atol = 1 and start = times[0] a sample whose estimates are the mean ones takes the same steps.
+
+    Args:
+        denoise: the model.
+        z: noise, (B, …).
+        times: (n + 1,) down to 0.
+        schedule: of the model.
+        first_std: as in StepControl: there is no estimate for a first step.
+    """
+    estimates: list[mx.array] = []
+
+    def recorded(z: mx.array, t: mx.array) -> mx.array:
+        estimates.append(denoise(z, t))
+        return estimates[-1]
+
+    mx.eval(angle_ab2(recorded, z, times, schedule))
+    angles = angle(schedule, times)
+    moved = [norms(after - before).mean() for before, after in pairwise(estimates)]
+    sizes = np.array([first_std**2, *(moved / -np.diff(angles[:-1]))])
+    errors = slope_gain(angles[:-1], angles[1:]) * sizes
+    return tuple((float(at), float(error)) for at, error in zip(angles[:-1], errors, strict=True))
 
 
 class _Work:
@@ -175,10 +215,14 @@ class _Work:
 
     def tolerance(self) -> Floats:
         """What error a step from `base` may make, (lanes,)."""
-        if self.control.rtol == 0:
-            return np.full(len(self.rows), self.control.atol)
-        alpha, sigma = self.schedule.alpha_sigma(time_of(self.schedule, self.angle))
-        return self.control.atol + self.control.rtol * norms(self.base) / np.hypot(alpha, sigma)
+        control, allowed = self.control, np.full(len(self.rows), self.control.atol)
+        if control.profile:
+            angles, factors = np.array(control.profile[::-1]).T
+            allowed = control.atol * np.exp(np.interp(self.angle, angles, np.log(factors)))
+        if control.rtol > 0:
+            alpha, sigma = self.schedule.alpha_sigma(time_of(self.schedule, self.angle))
+            allowed = allowed + control.rtol * norms(self.base) / np.hypot(alpha, sigma)
+        return allowed
 
     def plan(self, tolerance: Floats, steps_left: npt.NDArray[np.int64]) -> tuple[Floats, Mask]:
         """Where the next step ends, and whether that is farther than the tolerance allows.

@@ -7,7 +7,7 @@ import pytest
 
 from ado_tasks.backend import mx
 from ado_tasks.diffusion import adaptive as module
-from ado_tasks.diffusion.adaptive import AdaptiveSamples, StepControl, adaptive
+from ado_tasks.diffusion.adaptive import AdaptiveSamples, StepControl, adaptive, error_profile
 from ado_tasks.diffusion.angle import time_of
 from ado_tasks.diffusion.denoiser import make_denoiser
 from ado_tasks.diffusion.grids import edm_rho, uniform_log_snr
@@ -200,6 +200,27 @@ def test_a_relative_tolerance_is_of_the_sample(method):
         np.testing.assert_allclose(own.images[0], relative.images[index], atol=1e-4)
 
 
+def test_a_sample_of_mean_difficulty_takes_the_steps_its_profile_came_from():
+    # ±1 through a symmetric denoiser are equally hard: each takes exactly the schedule's steps.
+    denoise, z = mixture_denoiser(Cosine(), np.array([[-1.0], [1.0]]), 0.4), np.array([[1.0], [-1.0]], np.float32)
+    times = np.array([0.95, 0.72, 0.51, 0.27, 0.06, 0.0])
+    profile = error_profile(denoise, mx.array(z), times, Cosine())
+    seen = []
+
+    def watched(x, t, rows):
+        seen.append(float(t[0]))
+        return denoise(x, t)
+
+    control = StepControl(1.0001, profile=profile, start=0.95)
+    result = adaptive(watched, z, Cosine(), control, lanes=2)
+    np.testing.assert_allclose(seen, times[:-1], atol=1e-3)
+    assert (result.nfe == 5).all()
+    np.testing.assert_allclose(result.images, np.array(angle_ab2(denoise, mx.array(z), times, Cosine())), atol=2e-3)
+    # Twice as strict: more steps, and not evenly more.
+    strict = adaptive(watched, z, Cosine(), StepControl(0.5, profile=profile, start=0.95), lanes=2)
+    assert strict.nfe.min() > 5
+
+
 def test_lanes_are_taken_over():
     denoise = rowless(mixture_denoiser(Cosine(), np.array([[-1.0], [1.0]]), 0.1))
     z = noise(64, Cosine())
@@ -228,7 +249,8 @@ def test_an_estimate_that_is_not_finite_is_an_error_that_names_the_sample(method
     [
         ({"atol": -1.0}, "atol"), ({"atol": 0.0}, "rtol"), ({"atol": 0.1, "max_nfe": 0}, "max_nfe"),
         ({"atol": 0.1, "method": "euler"}, "method"), ({"atol": 0.1, "start": 0.0}, "start"),
-        ({"atol": 0.1, "first_std": 0.0}, "first_std"), ({"atol": float("nan")}, "atol"),
+        ({"atol": 0.1, "first_std": 0.0}, "first_std"), ({"atol": 0.1, "profile": ((1.0, 1.0), (1.2, 1.0))}, "profile"),
+        ({"atol": 0.1, "profile": ((1.0, 0.0),)}, "profile"), ({"atol": float("nan")}, "atol"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(values, named):
