@@ -11,7 +11,7 @@ from ∫ (φ_t − φ)/sin² φ dφ by parts (the exponential integral of Lu et 
 G is h²/(2 sin φ) for small h, grows as φ_s falls, and is φ_t at the clean end: a last step to t = 0 extrapolates too.
 
 With p from this step's two ends it is Heun's method (one more evaluation); with p from the step before it is
-Adams-Bashforth's of order 2 (none): DEIS of Zhang & Chen 2023, eq. 14, with x̂ in the place of ε̂ and φ in that of t.
+Adams-Bashforth's of order 2 (none): DEIS of Zhang & Chen 2023 with x̂ in the place of ε̂ and φ in that of t.
 """
 
 from typing import Any

@@ -4,7 +4,7 @@
 
 (Ho & Salimans 2022, eq. 6, in x̂ for ε̂; their w is this one less 1). w = 1 is the conditional model, 0 the other. In
 scores: ∇ log p_u(z) + w ∇ log p(c | z), so the class is asked for w times. A step costs two evaluations an image.
-Guided distillation (Meng et al. 2023, §3.1) folds both into one network that is told w too, here by regression on
+Guided distillation (Meng et al. 2023) folds both into one network that is told w too, here by regression on
 `guided` at weights drawn by `draw_weights`.
 
 The unconditional denoiser is the same network with a label of its own, learned by dropping labels at random
@@ -19,7 +19,7 @@ from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.errors import ConfigError
 
 EVALUATIONS_A_STEP = 2
-DROP = 0.1  # of labels; Ho & Salimans 2022, §4.1: 0.1 and 0.2 do equally well
+DROP = 0.1  # of labels; Ho & Salimans 2022, §4: 0.1 and 0.2 do equally well
 
 Weights = mx.array | float
 Conditional = Callable[[mx.array, mx.array, mx.array], mx.array]  # (z, t, labels) → x̂
@@ -77,7 +77,7 @@ def drop_labels(labels: mx.array, null_label: int, key: mx.array, probability: f
 
 
 def draw_weights(count: int, low: float, high: float, key: mx.array) -> mx.array:
-    """Weights that a folded network is trained at, uniform in [low, high), (count,) (Meng et al. 2023, §3.1).
+    """Weights that a folded network is trained at, uniform in [low, high), (count,) (Meng et al. 2023).
 
     Raises:
         ConfigError: the range is empty.

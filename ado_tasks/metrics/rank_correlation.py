@@ -15,7 +15,7 @@ MIN_PAIRS = 5  # the interval divides by √(n − 3) and is an approximation; b
 def rank_correlation(x: AnyArray, y: AnyArray, *, level: float = LEVEL) -> Interval:
     """Spearman's ρ of pairs (n,), (n,), ties at their mean rank, with Bonett & Wright's interval.
 
-    Fisher's z = artanh ρ ± z_level √((1 + ρ²/2)/(n − 3)) (Bonett & Wright 2000, eq. 3), taken back by tanh. The pairs
+    Fisher's z = artanh ρ ± z_level √((1 + ρ²/2)/(n − 3)) (Bonett & Wright 2000), taken back by tanh. The pairs
     must be independent: samples of one class that share a predictor are not; give one pair a class.
 
     `StatisticsError` for fewer than 5 pairs, values that are not finite, or a side that does not vary.
