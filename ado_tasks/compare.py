@@ -1,6 +1,7 @@
 """`ado compare`: the reports as one table: every variant, its quality with intervals, its cost and speed-up.
 
-With --runs, the last evaluations in MLflow side by side: architectures and sampling methods, as table and picture.
+With --stages, a picture of how far distillation may go. With --runs, the last evaluations in MLflow side by side:
+architectures and sampling methods, as table and picture.
 """
 
 import argparse
@@ -13,9 +14,11 @@ from rich.table import Table
 
 from ado_tasks.errors import ConfigError
 from ado_tasks.gate import named_report_errors
+from ado_tasks.optimise.stages import stages_of, stopping_point
 from ado_tasks.storage import read_json
 
 WIDTH = 150  # characters, where no terminal says: all columns in full
+CHAINS = ("progressive",)  # families whose students are each made from the one before
 COLUMNS = {
     "variant": "variant",
     "solver": "solver",
@@ -35,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="ado compare", description=__doc__)
     parser.add_argument("--reports", type=Path, default=Path("reports"), help="folder (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="as Markdown, for a README")
+    parser.add_argument("--stages", type=Path, metavar="PNG", help="also write quality against compression there")
     parser.add_argument("--runs", type=int, metavar="N", help="instead: the last N evaluations in MLflow, side by side")
     parser.add_argument("--out", type=Path, default=Path("reports/runs.png"), help="with --runs: the picture")
     options = parser.parse_args(arguments)
@@ -53,6 +57,11 @@ def main(arguments: Sequence[str]) -> int:
         _print(rows)
     for line in closing:
         print(line)
+    if options.stages:
+        from ado_tasks.evaluation.pictures import save_stages  # noqa: PLC0415  (matplotlib)
+
+        save_stages(options.stages, quality["variants"], quality["reference"]["anchor"]["margin"])
+        print(f"picture: {options.stages}")
     return 0
 
 
@@ -117,9 +126,16 @@ def closing_lines(quality: dict[str, Any], cost: dict[str, Any], reports: Path) 
         f"[{floor['range'][0]:.3g}, {floor['range'][1]:.3g}]. Never compare it with an FID.",
         f"non-inferior: the upper end of the interval lies under the margin of {margin:.3g}, "
         "which was frozen before any student existed.",
+        *_stops(quality["variants"], margin),
         f"chosen (on the selection part): {chosen}{gain}.",
         f"pictures: {', '.join(str(reports / f'{name}.png') for name in ('samples', 'quality', 'paired'))}",
     ]
+
+
+def _stops(entries: Sequence[Mapping[str, Any]], margin: float) -> list[str]:
+    """How far each chain of students goes, on the report part."""
+    chains = {family: stages_of(entries, family) for family in CHAINS}
+    return [f"{family} distillation {stopping_point(c, margin).reason}." for family, c in chains.items() if c]
 
 
 def _print(rows: Sequence[dict[str, str]]) -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from ado_tasks import rng
 from ado_tasks.backend import mx
 from ado_tasks.datasets.shards import Split
+from ado_tasks.diffusion.adaptive import AdaptiveSamples, StepControl, adaptive
 from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.diffusion.solvers import SOLVERS
@@ -94,3 +95,15 @@ class Sampler:
             bad = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
             raise DivergenceError(f"{bad} of {len(start)} samples are not finite ({solver}, {len(times) - 1} steps)")
         return images
+
+    def adaptive(self, start: Draw, control: StepControl) -> AdaptiveSamples:
+        """Samples whose steps follow their own estimated error, in lanes of a batch of `batch_size`.
+
+        Raises:
+            DivergenceError: an estimate is not finite.
+        """
+
+        def denoise(z: mx.array, t: mx.array, rows: npt.NDArray[np.intp]) -> mx.array:
+            return self.denoiser(None if start.labels is None else mx.array(start.labels[rows]))(z, t)
+
+        return adaptive(denoise, start.noise, self.schedule, control, lanes=self.batch_size)

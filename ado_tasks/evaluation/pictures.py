@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ado_tasks.optimise.stages import stages_of, stopping_point
 from ado_tasks.pictures import plain_axes, save_figure
 
 COLOURS = {"teacher": "#8a8f98", "calibrated": "#3274b5", "progressive": "#c8452f", "consistency": "#7a4fb0"}
@@ -59,6 +61,37 @@ def save_paired(path: Path, entries: Sequence[Mapping[str, Any]], calibration: S
         axes.plot(nfe, [row["learned"] for row in rows], marker="o", color=colour, label=f"{solver}, learned steps")
     axes.set_yscale("log")
     _cost_axis(axes)
+    save_figure(path, figure)
+
+
+def save_stages(path: Path, entries: Sequence[Mapping[str, Any]], margin: float, family: str = "progressive") -> None:
+    """Quality lost by how many times fewer evaluations: a chain of students beside the teacher, and where it stops."""
+    whole = max(entry["nfe"] for entry in entries)
+    stages = stages_of(entries, family)
+    stop = stopping_point(stages, margin)
+    figure = Figure(figsize=(6.6, 4.0))
+    axes = plain_axes(figure)
+    for name, chain in {"teacher": stages_of(entries, "teacher"), family: stages}.items():
+        middle = [stage.difference.value for stage in chain]
+        errors = [
+            [stage.difference.value - stage.difference.low for stage in chain],
+            [stage.difference.high - stage.difference.value for stage in chain],
+        ]
+        axes.errorbar(
+            [whole / stage.steps for stage in chain], middle, yerr=errors, marker="o", markersize=5, capsize=3,
+            linewidth=1.2, color=COLOURS.get(name), label=LABELS.get(name, name),
+        )  # fmt: skip
+    axes.axhspan(-margin, margin, color="#3a9d5d", alpha=0.15, linewidth=0, label="margin of non-inferiority")
+    if stop.steps is not None:
+        axes.axvline(whole / stop.steps, color=COLOURS.get(family), linestyle=":", linewidth=1)
+    axes.set_title("\n".join(wrap(f"{family} {stop.reason}", 90)), fontsize=8)
+    axes.set_yscale("symlog", linthresh=max(margin, 1e-6) * 2)
+    axes.set_ylabel("KID − KID(teacher, 50 steps)\n(own features, report part)")
+    axes.set_xscale("log", base=2)
+    ticks = [2**power for power in range(int(whole).bit_length())]
+    axes.set_xticks(ticks, [f"{tick}×" for tick in ticks])
+    axes.set_xlabel(f"compression: times fewer evaluations than the teacher's {whole}")
+    axes.legend(frameon=False, fontsize=8)
     save_figure(path, figure)
 
 

@@ -11,7 +11,9 @@ from ado_tasks.diffusion.denoiser import make_denoiser
 from ado_tasks.diffusion.grids import edm_rho, uniform_log_snr, uniform_time
 from ado_tasks.diffusion.oracles import gaussian_consistency, gaussian_denoiser, gaussian_solution, mixture_denoiser
 from ado_tasks.diffusion.schedules import Cosine, Edm, LinearBeta
-from ado_tasks.diffusion.solvers import SOLVERS, ancestral, consistency, ddim, dpmpp_2m, heun, ipndm, solver
+from ado_tasks.diffusion.solvers import (
+    SOLVERS, ancestral, angle_ab2, consistency, ddim, dpmpp_2m, heun, ipndm, solver,
+)  # fmt: skip
 from ado_tasks.diffusion.solvers.ancestral import posterior
 from ado_tasks.errors import ConfigError
 
@@ -25,6 +27,7 @@ DETERMINISTIC = {
     "ipndm-2": (partial(ipndm, order=2), 2),
     "ipndm-3": (partial(ipndm, order=3), 2),
     "ipndm-4": (ipndm, 2),
+    "angle_ab2": (angle_ab2, 2),
 }
 
 
@@ -90,7 +93,7 @@ def test_empirical_order_of_convergence(name, data, schedule):
 
 
 @pytest.mark.parametrize("schedule", [Edm(), Cosine()], ids=by_name)
-@pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "ipndm-2", "ipndm-4"])
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "ipndm-2", "ipndm-4", "angle_ab2"])
 def test_second_order_solvers_reach_the_true_standard_deviation_in_50_steps(name, schedule):
     grids = [edm_rho(50, schedule)]
     if isinstance(schedule, Cosine):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ado_tasks.backend import mx
 from ado_tasks.diffusion.solvers.ancestral import ancestral
+from ado_tasks.diffusion.solvers.angle_ab2 import angle_ab2
 from ado_tasks.diffusion.solvers.common import Times
 from ado_tasks.diffusion.solvers.consistency import consistency
 from ado_tasks.diffusion.solvers.ddim import ddim, ddim_step
@@ -45,6 +46,7 @@ SOLVERS: dict[str, Solver] = {
         Solver("dpmpp_2m", dpmpp_2m, order=2),
         Solver("ipndm", ipndm, order=2),
         Solver("consistency", consistency, order=0, stochastic=True),
+        Solver("angle_ab2", angle_ab2, order=2),
     )
 }
 
@@ -57,6 +59,16 @@ def solver(name: str) -> Solver:
 
 
 __all__ = [
-    "SOLVERS", "Sampler", "Solver", "ancestral", "consistency", "ddim", "ddim_step", "dpmpp_2m", "heun", "ipndm",
+    "SOLVERS",
+    "Sampler",
+    "Solver",
+    "ancestral",
+    "angle_ab2",
+    "consistency",
+    "ddim",
+    "ddim_step",
+    "dpmpp_2m",
+    "heun",
+    "ipndm",
     "solver",
-]  # fmt: skip
+]
