@@ -12,7 +12,15 @@ from ado_tasks.diffusion.grids import edm_rho, uniform_log_snr, uniform_time
 from ado_tasks.diffusion.oracles import gaussian_consistency, gaussian_denoiser, gaussian_solution, mixture_denoiser
 from ado_tasks.diffusion.schedules import Cosine, Edm, LinearBeta
 from ado_tasks.diffusion.solvers import (
-    SOLVERS, ancestral, angle_ab2, consistency, ddim, dpmpp_2m, heun, ipndm, solver,
+    SOLVERS,
+    ancestral,
+    angle_ab2,
+    consistency,
+    ddim,
+    dpmpp_2m,
+    heun,
+    ipndm,
+    solver,
 )  # fmt: skip
 from ado_tasks.diffusion.solvers.ancestral import posterior
 from ado_tasks.errors import ConfigError
