@@ -58,7 +58,9 @@ class DiffusionModel(PythonModel):
         rows = []
         for seed, count, label in wanted:
             start = start_of(self._package, seed, count, label)
-            images = self._sampler(start, self._package.method, np.array(self._package.times), seed=seed)
+            package = self._package
+            times, told = np.array(package.times), package.told_array
+            images = self._sampler(start, package.method, times, told=told, seed=seed)
             labels = np.full(count, ANY) if start.labels is None else start.labels
             rows += [
                 {"seed": seed, "index": index, "label": int(labels[index]), "png": as_png(images[index])}
