@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Bytecode is kept: without it every stage compiles its libraries anew (4 s).
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help demo airflow worker test install install-all openblas lint format bench bars mlflow table clean lock parity preset
+.PHONY: help demo airflow worker test install install-all openblas lint format bench bench-quality bars mlflow table clean lock parity preset
 
 UV_VERSION := 0.13.9
 # An existing uv is used; otherwise one is put into .uv/, from PyPI: nothing outside this folder changes.
@@ -62,6 +62,11 @@ parity:  ## install PyTorch and Diffusers for the live parity tests (never neede
 
 bench: install  ## speed of a training step against PyTorch, in turn
 	@$(RUN) python bench/train_step.py
+
+# BENCH: options, such as BENCH=--quick or BENCH="--workspace .ado/presets/shapes16".
+BENCH ?=
+bench-quality: install parity  ## quality against evaluations and milliseconds: our variants, Diffusers' schedulers on the same weights
+	@$(RUN) python bench/quality.py $(BENCH)
 
 bars: install  ## the full-size checks, too long for CI
 	@$(RUN) python -m pytest -m bars -s

@@ -147,20 +147,27 @@ class _Samplers:
     def __init__(self, config: EvaluateConfig) -> None:
         self._config = config
         self._made: dict[int, Sampler] = {}
-        self._known: list[tuple[StoredModel, str, np.ndarray, Draw, Images]] = []
+        self._known: list[tuple[StoredModel, str, np.ndarray, np.ndarray | None, Draw, Images]] = []
 
     def __call__(self, variant: Variant, start: Draw) -> Images:
-        return self.sample(variant.model, variant.method, variant.times, start)
+        return self.sample(variant.model, variant.method, variant.times, start, variant.told)
 
-    def sample(self, model: StoredModel, solver: str, times: np.ndarray, start: Draw) -> Images:
-        for known, by, at, drawn, images in self._known:
-            if known is model and by == solver and np.array_equal(at, times) and start.begins(drawn):
+    def sample(
+        self, model: StoredModel, solver: str, times: np.ndarray, start: Draw, told: np.ndarray | None = None
+    ) -> Images:
+        for known, by, at, told_at, drawn, images in self._known:
+            same = known is model and by == solver and np.array_equal(at, times) and _equal(told_at, told)
+            if same and start.begins(drawn):
                 return images[: len(start)]
         if id(model) not in self._made:
             self._made[id(model)] = Sampler(model, self._config.batch_size, self._config.shards)
-        images = self._made[id(model)](start, solver, times)
-        self._known.append((model, solver, times, start, images))
+        images = self._made[id(model)](start, solver, times, told=told)
+        self._known.append((model, solver, times, told, start, images))
         return images
+
+
+def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
 
 
 def _mean_square(images: Images, fine: Images) -> float:

@@ -107,7 +107,7 @@ def _start(variant: Variant, count: int, seed: int) -> Draw:
 
 
 def _sampling(sampler: Sampler, variant: Variant, start: Draw) -> Callable[[], Any]:
-    return lambda: sampler(start, variant.method, variant.times)
+    return lambda: sampler(start, variant.method, variant.times, told=variant.told)
 
 
 def _peak_memory_mb(action: Callable[[], object]) -> float:

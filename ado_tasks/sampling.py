@@ -9,6 +9,7 @@ import numpy.typing as npt
 from ado_tasks import rng
 from ado_tasks.backend import mx
 from ado_tasks.datasets.shards import Split
+from ado_tasks.diffusion import denoiser
 from ado_tasks.diffusion.adaptive import AdaptiveSamples, StepControl, adaptive
 from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
@@ -66,6 +67,7 @@ class Sampler:
         self.schedule: NoiseSchedule = schedule_from_diffusers(model.scheduler_config)
         self.kind = str(model.scheduler_config.get("prediction_type", "epsilon"))
         self.batch_size = batch_size
+        self._unet = model.unet
         self._apply: Callable[..., mx.array] = sharded_apply(model.unet, shards)
 
     def denoiser(self, labels: mx.array | None) -> Denoiser:
@@ -73,8 +75,14 @@ class Sampler:
         bound = () if labels is None else (labels,)
         return make_denoiser(lambda z, timestep: self._apply(z, timestep, *bound), self.schedule, self.kind)
 
-    def __call__(self, start: Draw, solver: str, times: np.ndarray, *, report: Reporter = SILENT) -> Images:
-        """Samples (n, H, W, C) float32, not clipped.
+    def differentiable(self, labels: mx.array | None) -> Denoiser:
+        """The same, neither compiled nor split: what gradients are taken of (and compiled there)."""
+        return make_denoiser(lambda z, timestep: self._unet(z, timestep, labels), self.schedule, self.kind)
+
+    def __call__(
+        self, start: Draw, solver: str, times: np.ndarray, *, told: np.ndarray | None = None, report: Reporter = SILENT
+    ) -> Images:
+        """Samples (n, H, W, C) float32, not clipped. `told`: the times that the network is told, if not the solver's.
 
         The last batch is padded to full size, so that one compiled shape serves all and a sample does not depend on n.
 
@@ -88,7 +96,10 @@ class Sampler:
             labels = None if start.labels is None else mx.array(start.labels[rows])
             noise = mx.array(start.noise[rows])
             key = rng.key(start.seed, "solver", first)
-            batches.append(np.array(sample(self.denoiser(labels), noise, times, self.schedule, key=key)))
+            denoise = self.denoiser(labels)
+            if told is not None:
+                denoise = denoiser.told(denoise, told)
+            batches.append(np.array(sample(denoise, noise, times, self.schedule, key=key)))
             report.progress(min(first + self.batch_size, len(start)), len(start))
         images = np.concatenate(batches)[: len(start)]
         if not np.isfinite(images).all():

@@ -1,6 +1,6 @@
 """The variants of a model that are compared: which weights, which solver, where it steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ado_tasks.models.weights import parameter_count
 from ado_tasks.storage import read_json
 
 TEACHER_STEPS = (50, 8, 4, 2, 1)  # DDIM: the reference, and what halving its steps costs without distillation
+MULTISTEP = ("ipndm", "dpmpp_2m")
 BASELINE_GRIDS = ("uniform_time", "uniform_log_snr", "edm_rho")
 
 
@@ -28,6 +29,7 @@ class Variant:
     method: str  # key of SOLVERS
     times: np.ndarray  # (steps + 1,) float64, from 1 down to 0
     model: StoredModel
+    told: np.ndarray | None = None  # (steps,): times that the network is told, where they are not the solver's
 
     @property
     def nfe(self) -> int:
@@ -80,12 +82,26 @@ def student_variant(folder: Path) -> Variant:
 
 
 def calibrated_variants(teacher: StoredModel, schedules: Path) -> list[Variant]:
-    """The frozen teacher at its learned knots, the multistep solver's, fewest steps last."""
-    learned = [entry for entry in read_knots(schedules) if entry["solver"] == "ipndm"]
+    """The frozen teacher at its learned knots, fewest steps last; of multistep solvers, the nearest in validation."""
+    nearest: dict[int, dict[str, Any]] = {}
+    for entry in read_knots(schedules):
+        best = nearest.get(entry["nfe"])
+        if entry["solver"] in MULTISTEP and (best is None or entry["distance"] < best["distance"]):
+            nearest[entry["nfe"]] = entry
     return [
-        Variant(f"calibrated-{entry['nfe']}", "ipndm+gits", "ipndm", np.array(entry["times"]), teacher)
-        for entry in sorted(learned, key=lambda entry: -entry["nfe"])
+        calibrated_variant(f"calibrated-{entry['nfe']}", teacher, entry)
+        for entry in sorted(nearest.values(), key=lambda entry: -entry["nfe"])
     ]
+
+
+def calibrated_variant(name: str, teacher: StoredModel, entry: Mapping[str, Any]) -> Variant:
+    """The frozen teacher at the knots of one file of `calibrate`."""
+    learner = "ld3" if entry.get("method") == "ld3" else "gits"  # what the knots began with or were learned by
+    told = entry.get("told")
+    return Variant(
+        name, f"{entry['solver']}+{learner}", entry["solver"], np.array(entry["times"]), teacher,
+        None if told is None else np.array(told),
+    )  # fmt: skip
 
 
 def all_variants(teacher: StoredModel, students: Sequence[Path], schedules: Path) -> list[Variant]:
@@ -108,7 +124,7 @@ def read_knots(schedules: Path) -> list[dict[str, Any]]:
     files = sorted(schedules.glob("*-*.json"))
     if not files:
         raise ArtifactError(f"{schedules}: no schedule in it; files named <solver>-<nfe>.json are expected")
-    return [read_json(path, "solver", "nfe", "times") for path in files]
+    return [read_json(path, "solver", "nfe", "times", "distance") for path in files]
 
 
 def baseline_grid(name: str, steps: int, schedule: NoiseSchedule) -> np.ndarray:

@@ -10,16 +10,17 @@ import pytest
 
 from ado_tasks import rng
 from ado_tasks.backend import mx
-from ado_tasks.calibrate import CalibrateConfig, calibrate
+from ado_tasks.calibrate import CalibrateConfig, _diffusers, calibrate
 from ado_tasks.config import parse
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion import grids
-from ado_tasks.diffusion.denoiser import make_denoiser
+from ado_tasks.diffusion.denoiser import make_denoiser, told
 from ado_tasks.diffusion.oracles import mixture_denoiser
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.diffusion.solvers import SOLVERS, ddim, ipndm
 from ado_tasks.errors import ArtifactError, ConfigError, DivergenceError
-from ado_tasks.interop.diffusers_folder import write_model
+from ado_tasks.interop.diffusers_folder import read_model, write_model
+from ado_tasks.interop.package import Package, read_package, write_package
 from ado_tasks.metrics.paired import holm, paired_distance, paired_less
 from ado_tasks.models.initialise import initialise
 from ado_tasks.models.unet import UNet2D
@@ -27,9 +28,9 @@ from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.knots import Fit
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import Recorder
-from ado_tasks.sampling import Sampler
+from ado_tasks.sampling import Sampler, draw
 from ado_tasks.storage import sha256_tree
-from ado_tasks.variants import BASELINE_GRIDS, baseline_grid
+from ado_tasks.variants import BASELINE_GRIDS, baseline_grid, calibrated_variants
 
 SCHEDULE = Cosine()
 TINY = {
@@ -251,3 +252,131 @@ def test_a_model_that_diverges_is_named(model, dataset, tmp_path, monkeypatch):
 def test_what_is_not_allowed_is_refused_by_key(values, key):
     with pytest.raises(ConfigError, match=key):
         parse(CalibrateConfig, values, "calibrate.teacher")
+
+
+BOTH = CalibrateConfig(
+    nfe=(3,), solvers=("ddim", "ipndm", "dpmpp_2m"), learner=("fitted", "ld3"), samples=8, validation_samples=9,
+    points=13, max_solves=7, descent_evaluations=3 * 3 * 4 * 6, descent_batch=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both(model, dataset, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("schedules") / "both"
+    calibrate(BOTH, model=model, dataset=dataset, out=out, seed=0)
+    return out
+
+
+def test_each_learner_is_a_candidate_and_says_what_it_was_chosen_on(both, model, dataset, tmp_path):
+    index = json.loads((both / "index.json").read_text())
+    assert [entry["solver"] for entry in index["schedules"]] == ["ddim", "ipndm", "dpmpp_2m"]
+    for entry in index["schedules"]:
+        assert {"fitted", "ld3", "gits"} < set(entry["candidates"])
+        assert entry["method"] == min(entry["chosen_by"], key=entry["chosen_by"].get)
+        assert ("told" in entry) == (entry["method"] == "ld3")
+    with_told = [entry for entry in index["schedules"] if "told" in entry]
+    assert with_told  # else nothing below was tried
+    for entry in with_told:
+        assert len(entry["told"]) == entry["nfe"]
+        np.testing.assert_allclose((np.array(entry["told_timesteps"]) + 1) / 1000, entry["told"], atol=1e-12)
+    draws = [index["chosen_on"][name]["draw"] for name in ("fit", "keep", "validation")]
+    assert len(set(draws)) == 3
+    calibrate(BOTH, model=model, dataset=dataset, out=tmp_path / "again", seed=0)
+    assert sha256_tree(tmp_path / "again") == sha256_tree(both)
+
+
+def test_what_each_schedule_cost_is_told_apart_from_the_reference(both, schedules):
+    index = json.loads((both / "index.json").read_text())
+    assert set(index["cost"]) == {"reference", "ddim-3", "ipndm-3", "dpmpp_2m-3"}
+    assert sum(index["cost"].values()) == index["evaluations"]
+    assert index["cost"]["reference"] == (8 + 9 + 8) * 12
+    descent = BOTH.descent_evaluations
+    # 6 steps of descent are validated at the start and at the end; 2 starts, 3 grids and 4 candidates are tried once.
+    fixed = descent + 3 * (2 * 8 + 2 * 8 + (3 + 4) * 9)
+    for name in ("ddim-3", "ipndm-3", "dpmpp_2m-3"):
+        assert 3 * 8 < index["cost"][name] - fixed <= 2 * 3 * 8 * BOTH.max_solves  # one or two fits
+    plain = json.loads((schedules / "index.json").read_text())
+    assert plain["cost"]["reference"] == (8 + 9) * 12
+    assert sum(plain["cost"].values()) == plain["evaluations"]
+
+
+def test_only_ld3_can_be_asked_for(model, dataset, tmp_path):
+    config = CalibrateConfig(
+        nfe=(2, 3), solvers=("ddim",), learner=("ld3",), samples=8, validation_samples=8, points=13,
+        descent_evaluations=100,
+    )  # fmt: skip
+    calibrate(config, model=model, dataset=dataset, out=tmp_path / "out", seed=0)
+    entry = json.loads((tmp_path / "out" / "ddim-3.json").read_text())
+    assert set(entry["candidates"]) == {"ld3", "gits", entry["best_baseline"]}
+    with pytest.raises(ConfigError, match="learner"):
+        parse(CalibrateConfig, {"learner": []}, "calibrate.teacher")
+
+
+def test_ld3_is_nearer_than_fitted_knots_on_other_noise(model, dataset, oracle, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sampler, "denoiser", lambda self, labels: oracle)
+    monkeypatch.setattr(Sampler, "differentiable", lambda self, labels: oracle)
+    config = CalibrateConfig(nfe=(4,), solvers=("dpmpp_2m",), learner=("fitted", "ld3"), descent_evaluations=8000)
+    calibrate(config, model=model, dataset=dataset, out=tmp_path / "out", seed=0)
+    entry = json.loads((tmp_path / "out" / "dpmpp_2m-4.json").read_text())
+    assert entry["method"] == "ld3"
+    assert entry["chosen_by"]["ld3"] < 0.9 * entry["chosen_by"]["fitted"]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of torch inside Diffusers
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_told_times_run_in_diffusers(solver):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    times, heard = np.array([0.974, 0.739, 0.44, 0.058, 0.0]), np.array([0.87, 0.7218, 0.464, 0.0488])
+    entry = _diffusers(solver, heard)
+    scheduler = getattr(diffusers, entry["scheduler"]).from_config(
+        SCHEDULE.to_diffusers("v_prediction"), **entry["fields"]
+    )
+    scheduler.set_timesteps(timesteps=[round(t) for t in SCHEDULE.timestep(times[:-1])])
+    start = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
+    sample = torch.tensor(start)
+    for t, at in zip(scheduler.timesteps, heard, strict=True):
+        alpha, sigma = (float(c) for c in SCHEDULE.alpha_sigma(at))
+        output = torch.tanh(0.7 * sample + (1000 * at - 1) / 1000)
+        sample = scheduler.step(alpha * sample - sigma * output, t, sample).prev_sample
+
+    def network(z, timestep):
+        return mx.tanh(0.7 * z + timestep[:, None, None, None] / 1000)
+
+    denoise = told(make_denoiser(network, SCHEDULE, "v_prediction"), heard)
+    ours = SOLVERS[solver].sample(denoise, mx.array(start), times, SCHEDULE)
+    np.testing.assert_allclose(np.array(ours), sample.numpy(), atol=1e-5)
+
+
+def test_a_sampler_told_the_solvers_own_times_gives_the_same_bytes(model, dataset):
+    sampler, start = Sampler(read_model(model), 8), draw(0, "test", 6, open_dataset(dataset).split("report"))
+    times = np.array([1.0, 0.7, 0.3, 0.0])
+    plain, same, other = (
+        sampler(start, "ipndm", times, told=heard) for heard in (None, times[:-1], np.array([0.9, 0.7, 0.3]))
+    )
+    assert plain.tobytes() == same.tobytes()
+    assert np.abs(plain - other).max() > 1e-4
+
+
+def test_the_multistep_solver_that_was_nearer_is_the_calibrated_variant(both, schedules, model):
+    teacher = read_model(model)
+    index = json.loads((both / "index.json").read_text())
+    multistep = {e["solver"]: e for e in index["schedules"] if e["solver"] != "ddim"}
+    nearest = min(multistep.values(), key=lambda entry: entry["distance"])
+    [variant] = calibrated_variants(teacher, both)
+    assert (variant.name, variant.method) == ("calibrated-3", nearest["solver"])
+    assert variant.solver == f"{nearest['solver']}+{'ld3' if nearest['method'] == 'ld3' else 'gits'}"
+    assert (variant.told is None) == ("told" not in nearest)
+    assert [v.solver for v in calibrated_variants(teacher, schedules)] == ["ipndm+gits", "ipndm+gits"]
+
+
+def test_a_package_keeps_told_times_and_its_sum_covers_them(model, tmp_path):
+    times, heard = (1.0, 0.4, 0.0), (0.9, 0.35)
+    plain, with_told = (Package("calibrated-2", "ipndm", times, read_model(model), t) for t in (None, heard))
+    assert write_package(tmp_path / "plain", plain) != write_package(tmp_path / "told", with_told)
+    assert read_package(tmp_path / "told").told == heard
+    assert read_package(tmp_path / "plain").told is None
+    changed = json.loads((tmp_path / "told" / "sampler.json").read_text()) | {"told": [0.9, 0.36]}
+    (tmp_path / "told" / "sampler.json").write_text(json.dumps(changed))
+    with pytest.raises(ArtifactError, match="changed"):
+        read_package(tmp_path / "told")

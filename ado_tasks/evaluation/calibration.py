@@ -13,16 +13,18 @@ from ado_tasks.variants import BASELINE_GRIDS, baseline_grid, read_knots
 
 
 def compare_grids(
-    sample: Callable[[str, np.ndarray], Images], schedule: NoiseSchedule, schedules: Path, fine: Images
+    sample: Callable[..., Images], schedule: NoiseSchedule, schedules: Path, fine: Images
 ) -> list[dict[str, Any]]:
     """For each learned schedule: its mean squared distance to the fine solution beside each baseline grid's.
 
-    `sample` takes a solver and its times, and starts from the noise that `fine` is the solution of.
+    `sample` takes a solver, its times and, as `told`, those its network is told, or None; it starts from the noise that
+    `fine` is the solution of.
     `p` is one-sided and paired by noise, corrected after Holm over all schedules and grids together.
     """
     found = []
     for entry in read_knots(schedules):
-        learned = paired_distance(sample(entry["solver"], np.array(entry["times"])), fine)
+        told = np.array(entry["told"]) if "told" in entry else None
+        learned = paired_distance(sample(entry["solver"], np.array(entry["times"]), told=told), fine)
         row = {"solver": entry["solver"], "nfe": entry["nfe"], "learned": learned.mean, "baselines": {}}
         for name in BASELINE_GRIDS:
             times = baseline_grid(name, len(entry["times"]) - 1, schedule)

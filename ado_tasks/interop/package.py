@@ -29,6 +29,12 @@ class Package:
     method: str  # key of SOLVERS
     times: tuple[float, ...]  # (steps + 1,), from 1 down to 0
     model: StoredModel
+    told: tuple[float, ...] | None = None  # (steps,): times that the network is told, where they are not the solver's
+
+    @property
+    def told_array(self) -> np.ndarray | None:
+        """`told` as an array."""
+        return None if self.told is None else np.array(self.told)
 
     @property
     def classes(self) -> int:
@@ -51,10 +57,11 @@ def write_package(folder: Path, package: Package) -> str:
     with atomic_folder(folder) as partial:
         model = package.model
         write_model(partial / MODEL, model.unet, model.scheduler_config, model.record)
-        sha256 = _sha256(partial / MODEL, package.method, package.times)
+        sha256 = _sha256(partial / MODEL, package.method, package.times, package.told)
+        told = {} if package.told is None else {"told": list(package.told)}
         write_json(
             partial / SAMPLER,
-            {"name": package.name, "method": package.method, "times": list(package.times), "sha256": sha256},
+            {"name": package.name, "method": package.method, "times": list(package.times), **told, "sha256": sha256},
         )
     return sha256
 
@@ -62,7 +69,8 @@ def write_package(folder: Path, package: Package) -> str:
 def read_package(folder: Path) -> Package:
     """Read a package. Raises ArtifactError where a file is missing, damaged or changed since it was written."""
     sampler = _checked_sampler(folder)
-    return Package(sampler["name"], sampler["method"], tuple(sampler["times"]), read_model(folder / MODEL))
+    told = tuple(sampler["told"]) if "told" in sampler else None
+    return Package(sampler["name"], sampler["method"], tuple(sampler["times"]), read_model(folder / MODEL), told)
 
 
 def package_sha256(folder: Path) -> str:
@@ -72,15 +80,16 @@ def package_sha256(folder: Path) -> str:
 
 def _checked_sampler(folder: Path) -> dict[str, Any]:
     sampler = read_json(folder / SAMPLER, "name", "method", "times", "sha256")
-    found = _sha256(folder / MODEL, sampler["method"], sampler["times"])
+    found = _sha256(folder / MODEL, sampler["method"], sampler["times"], sampler.get("told"))
     if found != sampler["sha256"]:
         raise ArtifactError(f"{folder}: SHA-256 {found}, expected {sampler['sha256']}: damaged or changed")
     return sampler
 
 
-def _sha256(model: Path, method: str, times: Sequence[float]) -> str:
+def _sha256(model: Path, method: str, times: Sequence[float], told: Sequence[float] | None) -> str:
     """Of what decides the images. The record of what was done to the model does not."""
     files = sorted(path for path in model.rglob("*") if path.is_file() and path.name != RECORD)
     sums = {path.relative_to(model).as_posix(): sha256_file(path) for path in files}
     grid = np.asarray(times, dtype=np.float64).tolist()
-    return hashlib.sha256(json.dumps([sums, method, grid], sort_keys=True).encode()).hexdigest()
+    sampler = [method, grid] if told is None else [method, grid, np.asarray(told, dtype=np.float64).tolist()]
+    return hashlib.sha256(json.dumps([sums, *sampler], sort_keys=True).encode()).hexdigest()

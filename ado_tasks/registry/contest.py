@@ -137,4 +137,4 @@ class FeaturesOf:
         config = self._quality["config"]
         sampler = Sampler(package.model, config["batch_size"], config["shards"])
         start = self._start if package.classes else Draw(self._start.noise, None)
-        return self._white(sampler(start, package.method, np.array(package.times)))
+        return self._white(sampler(start, package.method, np.array(package.times), told=package.told_array))

@@ -58,7 +58,8 @@ class DiffusionModel(PythonModel):
         rows = []
         for seed, count, label in wanted:
             start = start_of(self._package, seed, count, label)
-            images = self._sampler(start, self._package.method, np.array(self._package.times))
+            package = self._package
+            images = self._sampler(start, package.method, np.array(package.times), told=package.told_array)
             labels = np.full(count, ANY) if start.labels is None else start.labels
             rows += [
                 {"seed": seed, "index": index, "label": int(labels[index]), "png": as_png(images[index])}

@@ -62,7 +62,8 @@ class Workspace:
         if not (number.isascii() and number.isdigit()):
             raise ArtifactError(f"variant {name!r}: a name such as progressive-4 is expected")
         variant = self._variant(name, family, int(number))
-        return Package(variant.name, variant.method, tuple(float(t) for t in variant.times), variant.model)
+        told = None if variant.told is None else tuple(float(t) for t in variant.told)
+        return Package(variant.name, variant.method, tuple(float(t) for t in variant.times), variant.model, told)
 
     def _variant(self, name: str, family: str, steps: int) -> Variant:
         models = self.root / "models"
