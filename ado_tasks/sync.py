@@ -13,13 +13,12 @@ import yaml
 
 from ado_tasks import tracking
 from ado_tasks.errors import ArtifactError
-from ado_tasks.registry.client import connect, named_registry_errors
+from ado_tasks.registry.client import connect, experiment_id, named_registry_errors
 from ado_tasks.storage import named_storage_errors, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "ado"
 RECORD_TAG = "ado.record"
 _BATCH = 1000  # metrics in one request: MLflow's own limit for log_batch
 _PARAM_CHARACTERS = 6000  # MLflow's limit for the value of a parameter
@@ -60,23 +59,23 @@ def upload_all() -> int:
     count = 0
     with named_registry_errors(uri):
         client = connect(uri)
-        experiment_id = _experiment(client)
+        experiment = experiment_id(client, uri)
         while folders := tracking.pending():
             for folder in folders:
-                upload(client, experiment_id, folder)
+                upload(client, experiment, folder)
                 count += 1
     return count
 
 
-def upload(client: "MlflowClient", experiment_id: str, folder: Path) -> str:
+def upload(client: "MlflowClient", experiment: str, folder: Path) -> str:
     """Make, or complete, the MLflow run of one record; returns its id."""
     from mlflow.entities import Metric, Param, RunTag  # noqa: PLC0415
 
     record, events = tracking.read_record(folder), tracking.read_events(folder)
     name = folder.name
-    known = client.search_runs([experiment_id], f"tags.`{RECORD_TAG}` = '{name}'", max_results=1)
+    known = client.search_runs([experiment], f"tags.`{RECORD_TAG}` = '{name}'", max_results=1)
     run = known[0] if known else client.create_run(
-        experiment_id, start_time=record["started_ms"], run_name=record["section"], tags={RECORD_TAG: name}
+        experiment, start_time=record["started_ms"], run_name=record["section"], tags={RECORD_TAG: name}
     )  # fmt: skip
     run_id = run.info.run_id
     params = {**flatten(record["params"]), **{f"input.{key}": value for key, value in record["inputs"].items()}}
@@ -151,12 +150,3 @@ def _lock_entries(lock: Path) -> list[dict[str, Any]]:
         return list((yaml.safe_load(lock.read_text()) or {}).get("stages", {}).values())
     except (OSError, yaml.YAMLError):
         return []
-
-
-def _experiment(client: "MlflowClient") -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is not None:
-        return found.experiment_id
-    local = (tracking.HOME / "mlartifacts").absolute()
-    location = None if os.environ.get("MLFLOW_TRACKING_URI") else local.as_uri()
-    return client.create_experiment(EXPERIMENT, artifact_location=location)

@@ -7,6 +7,7 @@ import pytest
 
 from ado_tasks import config, sync, tracking
 from ado_tasks.errors import ArtifactError, DivergenceError, RegistryError, StorageError
+from ado_tasks.registry.client import EXPERIMENT
 from ado_tasks.report import Reporter
 
 
@@ -113,9 +114,11 @@ def test_records_reach_mlflow_once(workspace: Path) -> None:
     (folder / "uploaded.json").unlink()  # as if the uploader had been killed between the last request and this note
     assert sync.main([]) == 0
     assert tracking.pending() == []
+    assert not (workspace / "mlruns").exists()
+    assert list((workspace / tracking.HOME / "mlartifacts").rglob("*.png"))
 
     client = MlflowClient(sync.tracking_uri())
-    (run,) = client.search_runs([client.get_experiment_by_name(sync.EXPERIMENT).experiment_id])
+    (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
     assert run.data.params["stages"] == "[8, 4]"
     assert run.data.params["input.seed"] == "7"
     assert run.data.metrics["accuracy"] == 0.5

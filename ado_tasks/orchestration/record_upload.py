@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from ado_tasks import sync, tracking
+from ado_tasks.registry.client import EXPERIMENT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,11 +46,11 @@ def connect(uri: str) -> "MlflowClient":
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
     client = MlflowClient(uri)
-    if client.get_experiment_by_name(sync.EXPERIMENT) is None:
+    if client.get_experiment_by_name(EXPERIMENT) is None:
         database = _database(uri)
         location = (database.parent / "mlartifacts").as_uri() if database else None
         try:
-            client.create_experiment(sync.EXPERIMENT, artifact_location=location)
+            client.create_experiment(EXPERIMENT, artifact_location=location)
         except MlflowException as problem:
             if problem.error_code != "RESOURCE_ALREADY_EXISTS":  # another worker was quicker
                 raise

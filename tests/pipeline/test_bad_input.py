@@ -176,10 +176,9 @@ def test_variants_that_are_not_there(tmp_path: Path, read: Callable[[Path], obje
 # --- places that cannot be written ---
 
 
-def test_an_output_that_cannot_be_moved_away(workspace: Path, capsys) -> None:
-    """The working directory, as a mounted volume would be, is busy: what was made beside it is gone again."""
+def test_an_output_that_would_take_the_working_directory_along(workspace: Path, capsys) -> None:
     (workspace / "params.yaml").write_text("seed: 0\nprepare: {}\n")
-    refused("prepare --out .", StorageError, [".: "], capsys)
+    refused("prepare --out .", ConfigError, ["--out .", "the folder that this runs in would be replaced"], capsys)
 
 
 def test_records_that_cannot_be_kept(workspace: Path, capsys) -> None:
