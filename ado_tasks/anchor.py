@@ -21,7 +21,7 @@ from ado_tasks.sampling import Sampler, draw
 from ado_tasks.storage import atomic_folder, save_arrays, write_json
 
 AA_TRIALS = 50  # random halvings in the A/A check
-AA_POWER = 0.8  # science.md §7: the share of A/A pairs that must pass
+AA_POWER = 0.8  # docs/science.md, Metrics: the share of A/A pairs that must pass
 SELECTION = "selection"  # the draw that choices are made on
 
 

@@ -47,7 +47,7 @@ def measure(
     config: MeasureConfig, *, teacher: Path, students: tuple[Path, ...], schedules: Path, profile: Path, out: Path,
     seed: int, report: Reporter = SILENT,
 ) -> MeasureResult:  # fmt: skip
-    """Time every variant in turn, interleaved, and write reports/measure.json (design.md §5).
+    """Time every variant in turn, interleaved, and write reports/measure.json.
 
     A measured task: its output is this machine's. Whole samplings are timed, from noise to image, by wall clock.
 

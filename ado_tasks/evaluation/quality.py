@@ -44,7 +44,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one variant, on the report part; see design.md §5 for the names."""
+    """Of one variant, on the report part; docs/science.md (Metrics) says what each is."""
 
     fd: float
     fd_excess: float

@@ -12,7 +12,7 @@ from ado_tasks.errors import StatisticsError
 from ado_tasks.metrics.checks import AnyArray, FloatArray, features, same_count, same_width
 
 MIN_DRAWS = 50  # the smallest number of draws a reported floor or excess may rest on (issue 2's bar)
-RANGE = (0.025, 0.975)  # science.md section 7: the floor is given with its 95 % range
+RANGE = (0.025, 0.975)  # docs/science.md, Metrics: the floor is given with its 95 % range
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from scipy import stats
 from ado_tasks.errors import StatisticsError
 from ado_tasks.metrics.checks import AnyArray, samples
 
-LEVEL = 0.95  # science.md section 7: every interval of a report is a 95 % interval
+LEVEL = 0.95  # docs/science.md, Metrics: every interval of a report is a 95 % interval
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from ado_tasks.metrics.checks import AnyArray, same_width, samples
 from ado_tasks.metrics.interval import LEVEL, check_level
 from ado_tasks.metrics.neighbours import nearest
 
-NO_COPYING = 0.9  # science.md section 7: the lower end of the 95 % interval from which no copying is said
+NO_COPYING = 0.9  # docs/science.md, Metrics: the lower end of the 95 % interval from which no copying is said
 DRAWS = 1000  # bootstrap draws: the ends of a 95 % interval rest on 25 draws each
 
 

@@ -11,7 +11,7 @@ from ado_tasks.metrics.checks import AnyArray, FloatArray
 from ado_tasks.metrics.interval import LEVEL, Interval, check_level
 from ado_tasks.metrics.kernel import KernelSums, RealSums, blocks, cubic_kernel, group_codes, kernel_sums, kid_from_sums
 
-MARGIN_SHARE = 0.10  # science.md section 7: 10 % of what 4 instead of 50 teacher steps lose
+MARGIN_SHARE = 0.10  # docs/science.md, Metrics: 10 % of what 4 instead of 50 teacher steps lose
 MIN_NOISE = 3  # a delete-one jackknife of a statistic over pairs needs two samples left
 
 
