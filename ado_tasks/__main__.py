@@ -6,12 +6,14 @@ commands.
 """
 
 import argparse
-import dataclasses
 import importlib
+import importlib.metadata
 import inspect
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,7 @@ TASKS = {
     "measure": "time and weigh every variant, in turn, on this machine",
     "evaluate": "quality of every variant on the report part, with intervals",
 }
+TOP_OPTIONS = ("-h", "--help", "--version")
 MEASURED = {"profile", "measure"}
 UNRECORDED = {"profile"}  # it runs every time, to see whether the machine is another one; nothing is learned from that
 EDGE_COMMANDS = {
@@ -47,8 +50,11 @@ EDGE_COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, or the code of the named error."""
-    parser = build_parser()
-    known, rest = parser.parse_known_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser(given)
+    if given and given[0].startswith("-") and given[0] not in TOP_OPTIONS:
+        parser.error(f"unknown option: {given[0]}; allowed: {', '.join(TOP_OPTIONS)}, or a command and its options")
+    known, rest = parser.parse_known_args(given)
     if known.command is None:
         parser.print_help()
         return 2
@@ -60,12 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ado {known.command}: {type(problem).__name__}: {problem}", file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:
-        print(f"ado {known.command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint" if keeps_checkpoints(known.command) else ""
+        print(f"ado {known.command}: interrupted{goes_on}", file=sys.stderr)
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The top-level parser. A task's own options are added when it is chosen (see `task_parser`)."""
+def keeps_checkpoints(command: str) -> bool:
+    """Whether a task has a place for checkpoints. False before it is loaded: then nothing has been done yet."""
+    function = getattr(sys.modules.get(f"ado_tasks.{command}"), command, None)
+    return callable(function) and "scratch" in inspect.signature(function).parameters
+
+
+def build_parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The top-level parser of what is `given`. A task's own options are added when it is chosen (see `task_parser`)."""
     parser = argparse.ArgumentParser(
         prog="ado", description="Adaptive Diffusion Optimizer.", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(
@@ -76,43 +89,63 @@ def build_parser() -> argparse.ArgumentParser:
         add_help=False,
     )  # fmt: skip
     parser.add_argument("command", nargs="?", choices=[*TASKS, *EDGE_COMMANDS], metavar="command")
-    if len(sys.argv) < 2 or sys.argv[1] in {"-h", "--help"}:
+    if not given or given[0] in TOP_OPTIONS:  # behind a command they are the command's
         parser.add_argument("-h", "--help", action="help", help="show this")
+        version = importlib.metadata.version("adaptive-diffusion-optimizer")
+        parser.add_argument("--version", action="version", version=f"ado {version}", help="print the version")
     return parser
 
 
 def task_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentParser:
-    """A parser made from a task's signature and docstring."""
+    """A parser made from a task's signature, its docstring, and the source of its config."""
+    from ado_tasks import usage  # noqa: PLC0415
     from ado_tasks.config import methods  # noqa: PLC0415
 
-    config_type = next(iter(inspect.signature(function).parameters.values())).annotation
-    fields = "\n".join(
-        line
-        for method, each in methods(config_type).items()
-        for line in ([f" method: {method}"] if method else []) + _fields(each)
-    )
+    said = usage.arguments(function)
     parser = argparse.ArgumentParser(
-        prog=f"ado {name}", description=inspect.getdoc(function), formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"keys of its section in the params file:\n{fields}",
+        prog=f"ado {name}", description=usage.description(function),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: %(default)s)")
     parser.add_argument("--section", default=name, help="dotted name of its section (default: %(default)s)")
     for parameter in _path_parameters(function):
         optional, several = parameter.default is None, parameter.annotation == tuple[Path, ...]
+        text = said.get(parameter.name, "").replace("%", "%%")
         if parameter.name == "scratch":
             parser.add_argument(
-                "--scratch", type=Path, default=None, help="checkpoints (default: .ado/scratch/SECTION)"
+                "--scratch", type=Path, default=None, help=f"{text} (default: .ado/scratch/SECTION)".strip()
             )
         else:
-            name = f"--{parameter.name.replace('_', '-')}"
-            parser.add_argument(name, type=Path, required=not optional, nargs="+" if several else None)
+            parser.add_argument(
+                _option(parameter), type=Path, required=not optional, nargs="+" if several else None, help=text
+            )
+
+    width = shutil.get_terminal_size().columns - 2  # argparse leaves 2 as well
+    lines = ["keys of its section in the params file:"]
+    for number, (method, each) in enumerate(methods(_config_type(function)).items()):
+        lines += [f"  method: {method}{'' if number else ' (the default)'}"] if method else []
+        lines += usage.describe_keys(each, width, 4 if method else 2)
+    if "seed" in said:
+        lines += ["", *textwrap.wrap(f"seed, at the top of the params file: {said['seed']}", width)]
+    parser.epilog = "\n".join(lines)
     return parser
 
 
-def _fields(config_type: Any) -> list[str]:
-    return [
-        f"  {field.name}: {getattr(field.type, '__name__', field.type)}" for field in dataclasses.fields(config_type)
-    ]
+def _config_type(function: Callable[..., Any]) -> Any:
+    return next(iter(inspect.signature(function).parameters.values())).annotation
+
+
+def _option(parameter: inspect.Parameter) -> str:
+    return f"--{parameter.name.replace('_', '-')}"
+
+
+def check_options(parser: argparse.ArgumentParser, function: Callable[..., Any], arguments: Sequence[str]) -> None:
+    """End with an error that names unknown options: argparse names what is missing before what is too much."""
+    known = ["--help", "--params", "--section", *map(_option, _path_parameters(function))]
+    options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+    unknown = [option for option in options if not any(name.startswith(option) for name in known)]
+    if unknown:
+        parser.error(f"unknown option: {' '.join(unknown)}; allowed: {', '.join(known)}")
 
 
 def run_task(name: str, arguments: Sequence[str]) -> int:
@@ -120,14 +153,16 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
     from ado_tasks import config, storage, tracking  # noqa: PLC0415
 
     function = getattr(importlib.import_module(f"ado_tasks.{name}"), name)
-    options = task_parser(name, function).parse_args(arguments)
+    parser = task_parser(name, function)
+    check_options(parser, function, arguments)
+    options = parser.parse_args(arguments)
     params = config.read_params(options.params)
     seed = params.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ConfigError(
             f"seed: {seed!r} is not allowed: a whole number from 0 is required at the top of {options.params}"
         )
-    config_type = next(iter(inspect.signature(function).parameters.values())).annotation
+    config_type = _config_type(function)
     settings = config.parse(config_type, config.section(params, options.section, str(options.params)), options.section)
     paths = {p.name: getattr(options, p.name) for p in _path_parameters(function)}
     paths = {name: tuple(path) if isinstance(path, list) else path for name, path in paths.items()}

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
-from ado_tasks.errors import ConfigError
+from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.gate import named_report_errors
+from ado_tasks.metrics.memorisation import NO_COPYING
 from ado_tasks.optimise.stages import stages_of, stopping_point
 from ado_tasks.storage import read_json
 
@@ -29,8 +32,18 @@ COLUMNS = {
     "paired": "paired ×10³",
     "accuracy": "classes",
     "latency": "ms/image",
-    "speedup": "speed-up",
+    "speedup": "speed-up [least, most]",
 }
+TWO_LINES = {  # titles where the terminal is narrow
+    "FD (own)": "FD\n(own)",
+    "KID − teacher [95 %]": "KID − teacher\n[95 %]",
+    "non-inferior": "non-\ninferior",
+    "paired ×10³": "paired\n×10³",
+    "ms/image": "ms/\nimage",
+    "speed-up [least, most]": "speed-up\n[least, most]",
+}
+# Left out one after another where even those do not fit, of both tables: first what other columns say nearly as well.
+DISPENSABLE = ("solver", "latency", "started", "features", "method", "accuracy", "paired")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.runs is not None:
         return _across_runs(options.runs, options.out, options.markdown)
+    if not (options.reports / "evaluate.json").exists():
+        raise ArtifactError(f"{options.reports}/evaluate.json: not there; `dvc repro` makes it, or `make demo`")
     quality = read_json(options.reports / "evaluate.json", "variants", "reference", "chosen")
     cost_file = options.reports / "measure.json"
     with named_report_errors(f"{options.reports}/evaluate.json or measure.json"):
@@ -114,22 +129,67 @@ def _across_runs(count: int, picture: Path, markdown: bool) -> int:
 
 
 def closing_lines(quality: dict[str, Any], cost: dict[str, Any], reports: Path) -> list[str]:
-    """What the table does not say: the floor, the choice, the pictures."""
+    """What the table does not say: the floor, copying, how near samples come, the choice, the pictures."""
     reference, floor = quality["reference"], quality["reference"]["floor_fd"]
     chosen = quality["chosen"]
     speedup = cost.get(chosen, {}).get("speedup_vs_teacher")
     gain = f", {speedup['median']:.1f}× faster than 50 steps" if speedup else ""
     margin = reference["anchor"]["margin"]
+    teacher: dict[str, Any] = next((entry for entry in quality["variants"] if entry["name"] == "teacher-50"), {})
     return [
         "",
         f"FD is in own features, at n = {floor['n']}; real against real it is {floor['mean']:.3g} "
         f"[{floor['range'][0]:.3g}, {floor['range'][1]:.3g}]. Never compare it with an FID.",
+        *_beyond_training_images(teacher),
+        *_copying(teacher),
         f"non-inferior: the upper end of the interval lies under the margin of {margin:.3g}, "
         "which was frozen before any student existed.",
         *_stops(quality["variants"], margin),
+        *_nearness(quality["variants"], quality.get("calibration", [])),
+        *(["speed-up: the median over the rounds of `measure`; in brackets the least and the most."] if cost else []),
         f"chosen (on the selection part): {chosen}{gain}.",
         f"pictures: {', '.join(str(reports / f'{name}.png') for name in ('samples', 'quality', 'paired'))}",
     ]
+
+
+def _beyond_training_images(teacher: Mapping[str, Any]) -> list[str]:
+    """How much farther the teacher's samples are than training images, and what share of the floor that is."""
+    beyond = teacher.get("fd_over_train")
+    if not beyond:
+        return []
+    low, high = beyond["range"]
+    return [
+        f"teacher: its FD is {beyond['value']:+.3g} [{low:+.3g}, {high:+.3g}] over that of training images, "
+        f"{100 * beyond['ratio_to_floor']:.0f} % of the floor (real against real)."
+    ]
+
+
+def _copying(teacher: Mapping[str, Any]) -> list[str]:
+    """Whether the teacher copies its training images."""
+    found = teacher.get("memorisation")
+    if not found:
+        return []
+    verdict = (
+        f"no copying: the lower end is at least {NO_COPYING}"
+        if found["low"] >= NO_COPYING
+        else f"copying is not ruled out: the lower end is under {NO_COPYING}"
+    )
+    return [
+        "teacher: its samples' distance to training images is "
+        f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] of held-out images'; {verdict}."
+    ]
+
+
+def _nearness(entries: Sequence[Mapping[str, Any]], calibration: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How near to the fine solution students come beside DDIM, and learned knots beside the usual grids."""
+    ratios = [(entry["name"], entry.get("paired_ratio_to_ddim")) for entry in entries]
+    said = ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios if ratio is not None)
+    nearer = sum(row["better"] for row in calibration)
+    return [
+        *([f"paired distance over that of the teacher's DDIM at the same steps: {said}."] if said else []),
+        *([f"learned knots: nearer to the fine solution than every usual grid in {nearer} of {len(calibration)} cases "
+           "(solver and steps; each p < 0.05 after Holm)."] if calibration else []),
+    ]  # fmt: skip
 
 
 def _stops(entries: Sequence[Mapping[str, Any]], margin: float) -> list[str]:
@@ -143,18 +203,48 @@ def _print(rows: Sequence[dict[str, str]]) -> None:
 
 
 def _table(rows: Sequence[dict[str, str]], columns: Mapping[str, str], group: str) -> None:
-    """Print rows as a table; a line between rows whose cell `group` differs."""
+    """Print rows as a table; a line between rows whose cell `group` differs.
+
+    Where the terminal is narrow its titles take two lines, then columns are left out, and said to be. No cell is cut.
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table, left_out, needed = fitted(rows, columns, group, console.width)
+    Console(width=max(console.width, needed)).print(table)  # wider than the terminal, which wraps, rather than cut
+    if left_out:
+        print(f"\nleft out, for the terminal is narrow: {', '.join(left_out)} (--markdown shows all)")
+
+
+def fitted(
+    rows: Sequence[dict[str, str]], columns: Mapping[str, str], group: str, width: int
+) -> tuple[Table, list[str], int]:
+    """The table in its fullest form that is at most `width` wide, the titles left out, and how wide it is."""
+    folded = {name: TWO_LINES.get(title, title) for name, title in columns.items()}
+    forms = [(columns, False), (folded, False), (folded, True)]
+    for name in DISPENSABLE:
+        if name in columns:
+            forms.append(({key: title for key, title in forms[-1][0].items() if key != name}, True))
+    for titles, tight in forms:
+        table, left_out = _made(rows, titles, group, tight), [columns[n] for n in columns if n not in titles]
+        ruler = Console(width=10_000)
+        needed = Measurement.get(ruler, ruler.options, table).maximum
+        if needed <= width:
+            break
+    return table, left_out, needed
+
+
+def _made(rows: Sequence[dict[str, str]], titles: Mapping[str, str], group: str, tight: bool) -> Table:
+    """The table with these columns; with one space between them, not two, where it is `tight`."""
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=tight)
+    # Text, not str: rich takes words in brackets for its markup.
     words = {"variant", "solver", "run", "started", "architecture", "method", "features"}
-    for name, title in columns.items():
-        table.add_column(title, justify="left" if name in words else "right", no_wrap=name in {"variant", "run"})
+    for name, title in titles.items():
+        table.add_column(Text(title), justify="left" if name in words else "right", no_wrap=True)
     last = None
     for row in rows:
         if last not in {None, row[group]}:
             table.add_section()
         last = row[group]
-        table.add_row(*(row[name] for name in columns), style="green" if row.get("verdict") == "yes" else None)
-    console.print(table)
+        table.add_row(*(Text(row[name]) for name in titles), style="green" if row.get("verdict") == "yes" else None)
+    return table

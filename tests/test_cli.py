@@ -1,9 +1,12 @@
 """The command line: help that says what a task needs, and named errors with an exit status of their own."""
 
+import importlib
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +108,50 @@ def test_a_place_that_cannot_be_is_refused_before_the_work(
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "tasks" in capsys.readouterr().out
+
+
+def test_help_says_what_options_and_keys_are(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    text = capsys.readouterr().out
+    assert "--dataset DATASET  folder made by `prepare`; the train part is used." in text
+    assert "(default: .ado/scratch/SECTION)" in text
+    assert "Args:" not in text
+    assert "method: progressive (the default)" in text
+    assert "method: consistency\n" in text
+    assert "    batch_size: int ≥ 1, default 64     images a step\n" in text
+    assert "        average: float ≥ 0 and < 1, default 0.95" in text  # of matching
+    assert "seed, at the top of the params file: of the order of images" in text
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"ado {importlib.metadata.version('adaptive-diffusion-optimizer')}\n"
+
+
+def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--datset", "x"], ["train", "--datset=data/x"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert "unknown option: --datset; allowed: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "goes_on"), [("train", True), ("prepare", False), ("compare", False)])
+def test_only_tasks_with_checkpoints_promise_to_go_on(
+    task: str, goes_on: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importlib.import_module(f"ado_tasks.{task}")
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ado_tasks.__main__.run_task", interrupted)
+    monkeypatch.setattr("ado_tasks.compare.main", interrupted)
+    assert main([task]) == 130
+    said = capsys.readouterr().err
+    assert f"ado {task}: interrupted" in said
+    assert ("goes on from the last checkpoint" in said) == goes_on
