@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo airflow worker test install install-all openblas lint format bench bench-quality bars mlflow table clean lock parity preset
 
 UV_VERSION := 0.13.9
-# An existing uv is used; otherwise one is put into .uv/, from PyPI: nothing outside this folder changes.
+# An existing uv is used; otherwise one is put into .uv/, from PyPI. Outside this folder only uv's cache grows (~/.cache/uv).
 UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
@@ -88,5 +88,5 @@ lock:  ## renew uv.lock and the versions that DVC watches
 	@$(UV) lock
 	@$(RUN) python -m ado_tasks.versions --write
 
-clean:  ## remove what runs made (data, models, reports, records); .venv stays
+clean:  ## remove what runs made (data, models, reports, records); .venv, dvc.lock and .dvc/cache stay
 	rm -rf data features models schedules anchor reports .ado
