@@ -101,6 +101,20 @@ def read_env_file(path: Path) -> dict[str, str]:
     return variables
 
 
+def load_env_file(path: Path = Path(ENV_FILE)) -> None:
+    """Put the variables of `path`, if it is there, into this process's environment; what is set there already wins.
+
+    For the commands at the edge only, before they ask for `endpoints`: boto3 and MLflow read the environment
+    themselves. Tasks read none, so they do not call this. An empty value is the default and sets nothing.
+
+    Raises:
+        ConfigError: a line that is not `NAME=value`.
+    """
+    for name, value in read_env_file(path).items():
+        if value:
+            os.environ.setdefault(name, value)
+
+
 def _own_address(host: str, port: int) -> str:
     reachable = "127.0.0.1" if host in {"0.0.0.0", "::"} else host
     return f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"

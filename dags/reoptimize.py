@@ -95,8 +95,8 @@ def commit_lock(run_id: str, ti: Any) -> str:
 @task.short_circuit(ignore_downstream_trigger_rules=False, doc_md="Is the challenger better? The log has the table.")
 def gate(revision: str, ti: Any) -> bool:
     """Judge the challenger; a refusal skips what follows."""
-    from ado_tasks.gate import as_text
-    from ado_tasks.orchestration import effects
+    from ado_tasks.gate import as_text, question
+    from ado_tasks.orchestration import effects, tables
 
     with airflow_tasks.named_failures():
         verdict = effects.judge(
@@ -105,7 +105,8 @@ def gate(revision: str, ti: Any) -> bool:
     text = as_text(verdict)
     print(text)
     ti.xcom_push("verdict", verdict)
-    ti.xcom_push("question", "\n".join([text, "", *(f"- [{_name(url)}]({url})" for url in _pictures(_results(ti)))]))
+    ti.xcom_push("question", question(verdict))
+    ti.xcom_push("grounds", f"{text}\n\n{tables.pictures(_results(ti))}")
     return verdict["approved"]
 
 
@@ -175,14 +176,6 @@ def _results(ti: Any) -> list[dict[str, Any]]:
     return [ti.xcom_pull(task_ids=f"stages.{stage.task_id}") for stage in GRAPH.stages]
 
 
-def _name(picture: str) -> str:
-    return picture.partition("path=")[2].partition("&")[0].rpartition("/")[2] or picture
-
-
-def _pictures(results: list[dict[str, Any]]) -> list[str]:
-    return [picture for result in results for picture in result.get("pictures", [])]
-
-
 with DAG(
     dag_id="reoptimize",
     description="Train, distil, judge; promote what is better",
@@ -216,8 +209,8 @@ with DAG(
     locked = commit_lock()
     approval = ChampionApproval(
         task_id="approval",
-        subject="Replace the champion?",
-        body="{{ ti.xcom_pull(task_ids='gate', key='question') }}",
+        subject="{{ ti.xcom_pull(task_ids='gate', key='question') }}",
+        body="{{ ti.xcom_pull(task_ids='gate', key='grounds') }}",
         doc_md="Waits for a person: Required Actions. No answer in time is a refusal.",
     )
     registered = register(locked)

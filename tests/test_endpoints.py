@@ -1,10 +1,11 @@
 """Endpoints: defaults need nothing, every variable is on the documented page, and a wrong value is named."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from ado_tasks.endpoints import endpoints, read_env_file
+from ado_tasks.endpoints import endpoints, load_env_file, read_env_file
 from ado_tasks.errors import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "ado.env.example"
@@ -89,3 +90,23 @@ def test_an_env_file_names_the_line_that_is_wrong(tmp_path):
     file.write_text("# a comment\n\nADO_MODEL = faces \n")
     assert read_env_file(file) == {"ADO_MODEL": "faces"}
     assert read_env_file(tmp_path / "none") == {}
+
+
+def test_a_loaded_env_file_yields_to_the_environment_and_leaves_empty_values_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"ADO_MODEL": "set", "ADO_GIT_BRANCH": ""})
+    monkeypatch.chdir(tmp_path)
+    load_env_file()  # there is none
+    assert os.environ == {"ADO_MODEL": "set", "ADO_GIT_BRANCH": ""}
+    Path("ado.env").write_text("ADO_MODEL=file\nADO_GIT_BRANCH=file\nAWS_ENDPOINT_URL=\nADO_STORE=s3://b/p\n")
+    load_env_file()
+    assert os.environ == {"ADO_MODEL": "set", "ADO_GIT_BRANCH": "", "ADO_STORE": "s3://b/p"}
+    assert (endpoints().registered_model, endpoints().git_branch) == ("set", "main")
+    assert endpoints().store == "s3://b/p"
+
+
+def test_a_wrong_line_sets_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    (tmp_path / "ado.env").write_text("ADO_MODEL=faces\nexport X\n")
+    with pytest.raises(ConfigError, match=r"ado\.env:2"):
+        load_env_file(tmp_path / "ado.env")
+    assert os.environ == {}

@@ -8,7 +8,7 @@ import pytest
 
 from ado_tasks.config import parse
 from ado_tasks.errors import ArtifactError, ConfigError, StatisticsError
-from ado_tasks.gate import GatePolicy, as_text, challenger_figures, gate
+from ado_tasks.gate import GatePolicy, as_text, challenger_figures, gate, question
 
 MARGIN = 0.02
 Figures = dict[str, Any]
@@ -18,7 +18,8 @@ def variant(name: str, **changes: Any) -> Figures:
     difference = {"value": 0.005, "ci": [0.001, 0.009], "margin": MARGIN, "non_inferior": True}
     return {
         "name": name, "nfe": 4, "kid_minus_teacher": difference, "recall": 0.8, "class_accuracy": 0.98,
-        "memorisation": {"value": 1.0, "low": 0.97, "high": 1.03, "close": 0.02}, **changes,
+        "memorisation": {"value": 1.0, "low": 0.97, "high": 1.03, "close": 0.02},
+        "fd_over_train": {"value": 0.2, "ratio_to_floor": 0.13}, **changes,
     }  # fmt: skip
 
 
@@ -129,6 +130,39 @@ def test_without_a_champion_quality_is_held_against_the_teacher(challenger: Figu
     assert "the teacher at 50 steps" in verdict.reasons[0]
 
 
+FIRST = {
+    "a bad teacher": (figure("teacher.fd_over_train.ratio_to_floor", 1.01), ["FD beyond fresh", "1.01", "required 1"]),
+    "of unknown quality": (figure("teacher.fd_over_train", None), ["FD beyond fresh", "was not measured"]),
+    "unclear classes": (figure("quality.class_accuracy", 0.833), ["Class accuracy of a first", "0.833", "0.9"]),
+}
+
+
+@pytest.mark.parametrize("case", FIRST)
+def test_a_first_champion_is_held_against_real_images_too(case: str, challenger: Figures, champion: Figures) -> None:
+    change, words = FIRST[case]
+    challenger["teacher"]["class_accuracy"] = 0.84  # as bad: beside such a teacher nothing is lost
+    change(challenger)
+    verdict = gate(challenger, None, GatePolicy())
+    assert not verdict.approved
+    assert len(verdict.reasons) == 1
+    assert all(word in verdict.reasons[0] for word in [*words, "train longer"]), verdict.reasons[0]
+    assert gate(challenger, champion, GatePolicy()).approved
+    asking_nothing = GatePolicy(max_first_fd_over_floor=None, min_first_class_accuracy=None)
+    assert gate(challenger, None, asking_nothing).approved
+
+
+def test_a_first_champion_at_exactly_the_limits_is_approved(challenger: Figures) -> None:
+    figure("teacher.fd_over_train.ratio_to_floor", 1.0)(challenger)
+    figure("quality.class_accuracy", 0.9)(challenger)
+    figure("teacher.class_accuracy", 0.9)(challenger)
+    assert gate(challenger, None, GatePolicy()).approved
+
+
+def test_the_question_says_whether_there_is_a_champion() -> None:
+    assert question({"champion": "7"}) == "Replace the champion?"
+    assert question({"champion": None}) == "Make this the first champion?"
+
+
 def test_a_better_teacher_does_not_refuse_what_is_no_worse_than_the_champion(
     challenger: Figures, champion: Figures
 ) -> None:
@@ -163,6 +197,10 @@ def test_the_policy_is_checked() -> None:
         parse(GatePolicy, {"min_speed": 2}, "gate")
     with pytest.raises(ConfigError, match=r"gate.min_speedup: 0"):
         parse(GatePolicy, {"min_speedup": 0}, "gate")
+    with pytest.raises(ConfigError, match=r"gate.max_first_fd_over_floor: -1"):
+        parse(GatePolicy, {"max_first_fd_over_floor": -1}, "gate")
+    with pytest.raises(ConfigError, match=r"gate.min_first_class_accuracy: 90"):
+        parse(GatePolicy, {"min_first_class_accuracy": 90}, "gate")
 
 
 def test_the_verdict_reads_as_a_table(challenger: Figures, champion: Figures) -> None:

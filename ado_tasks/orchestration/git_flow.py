@@ -21,6 +21,10 @@ _AUTHOR = {
     "GIT_TERMINAL_PROMPT": "0",  # a password that nobody can type is an error, not a wait
 }  # fmt: skip
 _PATIENCE_S = 300.0
+_OBSTACLE = (
+    f"If git stops at an untracked or changed {LOCK} (a `dvc repro` in that folder wrote it), put it away first: "
+    f"mv {LOCK} {LOCK}.mine; the run brings its own"
+)
 
 
 class GitError(AdoError):
@@ -135,10 +139,10 @@ def merge(remote: str, branch: str, into: str, scratch: Path) -> dict[str, str |
         if git("merge-base", base, revision, cwd=copy) != base:
             return {
                 "merged": False,
-                "how": f"{into} has moved on since the run began; merge it with: git merge {branch}",
+                "how": f"{into} has moved on since the run began; merge it with: git merge {branch}. {_OBSTACLE}",
             }
         if _is_checked_out(remote, into):
-            how = f"{into} is checked out in {remote}; merge it there with: git merge --ff-only {branch}"
+            how = f"{into} is checked out in {remote}; merge it there with: git merge --ff-only {branch}. {_OBSTACLE}"
             return {"merged": False, "how": how}
         push(copy, remote, into)
         return {"merged": True, "how": f"{into}: {base[:10]} → {revision[:10]}"}

@@ -15,19 +15,28 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def stages(results: Sequence[Mapping[str, Any]]) -> str:
-    """What each stage of a run took, and the sum."""
+    """What each stage of a run took, and the sum; energy only where a machine tells it."""
     rows = [
-        (
-            result["stage"],
-            "restored" if result["cached"] else "ran",
-            f"{result['seconds']:.1f}",
-            _joules(result.get("joules")),
-        )
+        (result["stage"], "restored" if result["cached"] else "ran", result["seconds"], result.get("joules"))
         for result in results
     ]
-    energies = [result["joules"] for result in results if result.get("joules") is not None]
-    total = ("all", "", f"{sum(r['seconds'] for r in results):.1f}", _joules(sum(energies) if energies else None))
-    return markdown(("stage", "", "machine-seconds", "joules"), [*rows, total])
+    energies = [joules for *_, joules in rows if joules is not None]
+    rows.append(("all", "", sum(result["seconds"] for result in results), sum(energies)))
+    columns = ("stage", "", "machine-seconds", "joules")[: 4 if energies else 3]
+    cells = ((stage, how, f"{seconds:.1f}", _joules(joules)) for stage, how, seconds, joules in rows)
+    return markdown(columns, [row[: len(columns)] for row in cells])
+
+
+def pictures(results: Sequence[Mapping[str, Any]]) -> str:
+    """Links to what the stages of a run drew, as a list in Markdown; several stages give their pictures one name."""
+    return "\n".join(
+        f"- [{result['stage']}: {_name(url)}]({url})" for result in results for url in result.get("pictures") or []
+    )
+
+
+def _name(picture: str) -> str:
+    """A picture's file name, of its address in MLflow."""
+    return picture.partition("path=")[2].partition("&")[0].rpartition("/")[2] or picture
 
 
 def metrics(values: Mapping[str, Any]) -> str:

@@ -88,7 +88,8 @@ def reports():
     kid = params["kid"]
     difference = {"value": kid, "ci": [kid - 0.002, kid + 0.002], "margin": 0.02, "non_inferior": kid < 0.018}
     far = {"value": 1.1, "low": 1.0, "high": 1.2}
-    common = {"params": 1, "recall": 0.6, "class_accuracy": 0.9, "memorisation": far}
+    trained = {"value": 0.2, "ratio_to_floor": 0.2}
+    common = {"params": 1, "recall": 0.6, "class_accuracy": 0.9, "memorisation": far, "fd_over_train": trained}
     same = {"value": 0.0, "ci": [0.0, 0.0], "margin": 0.02, "non_inferior": True}
     quality = [
         {"name": "teacher-50", "solver": "ddim", "nfe": 50, "kid_minus_teacher": same, **common},

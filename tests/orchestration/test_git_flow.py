@@ -54,6 +54,24 @@ def test_a_checked_out_branch_is_not_touched_and_the_command_is_said(where, work
     assert git_flow.remote_branches(str(work.folder), "main") == before
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_usual_obstacle_is_named_with_a_way_that_works(make_project, tracked, tmp_path):
+    work = make_project({"a.txt": "1", **({"dvc.lock": "old"} if tracked else {})})
+    work.commit()
+    git(work.folder, "checkout", "--quiet", "-b", "run/x")
+    work.write({"dvc.lock": "of the run"})
+    work.commit()
+    git(work.folder, "checkout", "--quiet", "main")
+    work.write({"dvc.lock": "of a dvc repro"})
+    how = str(git_flow.merge(str(work.folder), "run/x", "main", tmp_path / "scratch")["how"])
+    with pytest.raises(AssertionError, match=r"dvc\.lock"):
+        git(work.folder, "merge", "--ff-only", "run/x")
+    assert "mv dvc.lock dvc.lock.mine" in how
+    (work.folder / "dvc.lock").rename(work.folder / "dvc.lock.mine")
+    git(work.folder, "merge", "--ff-only", "run/x")
+    assert (work.folder / "dvc.lock").read_text() == "of the run"
+
+
 def test_a_folder_whose_main_branch_is_not_checked_out_is_a_remote_like_any_other(work, tmp_path):
     git(work.folder, "checkout", "--quiet", "run/x")
     assert git_flow.merge(str(work.folder), "run/x", "main", tmp_path / "scratch")["merged"]
