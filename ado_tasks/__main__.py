@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ado_tasks.endpoints import load_env_file
 from ado_tasks.errors import AdoError, ConfigError, StorageError
 from ado_tasks.report import Reporter, StopWhen, Tee
 
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if known.command in EDGE_COMMANDS:
+            load_env_file()
             return importlib.import_module(f"ado_tasks.{known.command}").main(rest)
         return run_task(known.command, rest)
     except AdoError as problem:

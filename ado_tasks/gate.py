@@ -173,7 +173,7 @@ def _numbers(values: Any, prefix: str = "") -> list[tuple[str, float]]:
 
 
 def _quality(challenger: Figures, champion: Figures | None, margin: float) -> list[Check]:
-    """Non-inferiority, by the upper end of the interval (science.md §7).
+    """Non-inferiority, by the upper end of the interval (docs/science.md, Metrics).
 
     To the champion, so that nothing gets worse by more than the margin; to the anchor, which promotions do not move, so
     that many small losses cannot add up. Without a champion: to the teacher at 50 steps.

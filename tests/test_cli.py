@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ado_tasks.__main__ import TASKS, main
+from ado_tasks.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,3 +156,13 @@ def test_only_tasks_with_checkpoints_promise_to_go_on(
     said = capsys.readouterr().err
     assert f"ado {task}: interrupted" in said
     assert ("goes on from the last checkpoint" in said) == goes_on
+
+
+def test_an_edge_command_reads_ado_env_and_a_task_does_not(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ADO_STORE", raising=False)
+    Path("ado.env").write_text("not a line\n")
+    Path("params.yaml").write_text("seed: 0\nhardware: {}\n")
+    assert main(["compare"]) == ConfigError.exit_code
+    assert "ado.env" in capsys.readouterr().err
+    assert main(["profile", "--section", "hardware", "--out", "profile.json"]) == 0
