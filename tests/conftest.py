@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 # A busy machine is slow, not wrong: hypothesis neither times examples nor judges how fast they are made.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores: threads that wait by spinning would take them
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ADO_SYNC"] = "manual"  # no uploader is left running in the background; tests of uploads start their own
 
 
