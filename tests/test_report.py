@@ -4,6 +4,8 @@ import io
 import json
 from pathlib import Path
 
+import pytest
+
 from ado_tasks.report import SILENT, JsonlRecorder, Recorder, Reporter, Tee, Terminal
 
 
@@ -33,7 +35,9 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
-def test_with_a_terminal_there_is_a_bar() -> None:
+def test_with_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # on a dumb terminal no bar can be drawn
+
     class Screen(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -20,7 +20,7 @@ from typing import Any
 
 from ado_tasks import tracking
 from ado_tasks.endpoints import Endpoints
-from ado_tasks.errors import AdoError
+from ado_tasks.errors import AdoError, ArtifactError
 from ado_tasks.stores import Store, open_store
 
 PARKED = "records/"  # in the store
@@ -90,13 +90,29 @@ def upload_parked(endpoints: Endpoints, say: Callable[[str], None] = print) -> i
             if found is None:
                 continue
             with tarfile.open(fileobj=io.BytesIO(found.data), mode="r:gz") as archive:
-                archive.extractall(tree, filter="data")
+                _unpack(archive, tree)
             told = _send(_start(tree, endpoints))
         if isinstance(told, str):
             say(f"MLflow cannot be reached; {len(waiting) - done} records wait in {store.url}: {told}")
             return len(waiting) - done
         store.delete(key)
     return 0
+
+
+def _unpack(archive: tarfile.TarFile, tree: Path) -> None:
+    """Write an archive's files under a folder, and nothing else (Python 3.11.2's `extractall` knows no filter yet).
+
+    Raises:
+        ArtifactError: a file would lie outside of the folder.
+    """
+    for member in archive:
+        target = (tree / member.name).resolve()
+        if not target.is_relative_to(tree.resolve()):
+            raise ArtifactError(f"{member.name}: a record's files lie in its own folder; this one does not")
+        content = archive.extractfile(member) if member.isreg() else None
+        if content is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content.read())
 
 
 def _start(

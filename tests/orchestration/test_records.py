@@ -1,5 +1,7 @@
 """A stage's record reaches MLflow; where MLflow is away it waits in the store, and nothing waits for it."""
 
+import io
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,8 @@ from typing import Any
 import pytest
 from dvc_projects import Fleet
 
+from ado_tasks.endpoints import endpoints
+from ado_tasks.errors import ArtifactError
 from ado_tasks.orchestration.records import PARKED, upload_parked
 from ado_tasks.stores import open_store
 
@@ -60,6 +64,18 @@ def test_a_dead_mlflow_loses_nothing(fleet: Fleet) -> None:
     assert (run.info.status, run.data.tags["git.dirty"]) == ("FINISHED", "False")
     again = fleet.run("prepare", machine="two")
     assert (again.cached, again.metrics) == (True, result.metrics)
+
+
+def test_a_parked_record_cannot_write_outside_of_its_folder(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        member = tarfile.TarInfo("../outside.txt")
+        member.size = 1
+        archive.addfile(member, io.BytesIO(b"x"))
+    places = endpoints({}, tmp_path)
+    open_store(places.store).put(f"{PARKED}bad.tar.gz", packed.getvalue())
+    with pytest.raises(ArtifactError, match=r"\.\./outside\.txt"):
+        upload_parked(places)
 
 
 def test_a_record_is_logged_once_and_found_again_with_its_result(fleet: Fleet) -> None:
