@@ -62,11 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if known.command in EDGE_COMMANDS:
             load_env_file()
-            return importlib.import_module(f"ado_tasks.{known.command}").main(rest)
+            status = importlib.import_module(f"ado_tasks.{known.command}").main(rest)
+            sys.stdout.flush()
+            return status
         return run_task(known.command, rest)
     except AdoError as problem:
         print(f"ado {known.command}: {type(problem).__name__}: {problem}", file=sys.stderr)
         return problem.exit_code
+    except BrokenPipeError:  # whoever read the output wanted no more of it: `ado compare | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint" if keeps_checkpoints(known.command) else ""
         print(f"ado {known.command}: interrupted{goes_on}", file=sys.stderr)

@@ -1,5 +1,9 @@
 """`ado compare`: its table at every width, and what is said below it."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from ado_tasks import compare
 from ado_tasks.__main__ import main
 from ado_tasks.storage import write_json
 
+ROOT = Path(__file__).resolve().parent.parent
 MARGIN = 0.02
 
 
@@ -95,3 +100,15 @@ def test_where_nothing_fits_lines_are_longer_and_what_is_left_out_is_said(
     assert "+5.950 [+5.742, +6.158]" in said
     assert "…" not in said
     assert "left out, for the terminal is narrow: solver, paired ×10³, classes, ms/image (--markdown shows all)" in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    write_json(tmp_path / "evaluate.json", quality())
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "ado_tasks", "compare", "--reports", str(tmp_path)], cwd=ROOT, stdout=writing,
+        stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
