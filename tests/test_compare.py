@@ -111,4 +111,5 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
         stderr=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     os.close(writing)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    assert done.stderr == ""
+    assert done.returncode in {1, 128 + signal.SIGPIPE}  # 1 where it was the table that found no reader: rich says so
