@@ -77,6 +77,14 @@ def test_pale_colours_and_their_shares():
     np.testing.assert_allclose(share, 0.6 * coverage(known, 24, 24), atol=0.005)
 
 
+def test_a_background_that_is_too_dark_names_no_colour():
+    """It lies on the other side of every colour: a share under 0 explains nothing, or the background would decide."""
+    known = sample_attributes(36, 24, 24, seed=6)
+    drawn = draw(known, 24, 24).astype(np.float64)
+    drawn[coverage(known, 24, 24) == 0] = 4
+    np.testing.assert_array_equal(read_colour(drawn)[0], known.label % 6)
+
+
 def test_what_shows_no_shape_has_a_large_misfit():
     noise = np.random.default_rng(1).uniform(-1, 1, (20, 32, 32, 3))
     drawn = read_shapes(floats(draw(sample_attributes(20, 32, 32, 0), 32, 32)))
