@@ -79,10 +79,10 @@ def anchor(
     real, of_fine, of_coarse = (
         extractor.whitened(extractor.features(images)) for images in (part.batch(np.arange(len(part))), fine, coarse)
     )
-    reference = real_sums(real)
+    reference = real_sums(real, groups=part.groups)
     kid_fine, kid_coarse = (kid_from_sums(kernel_sums(x, real), reference) for x in (of_fine, of_coarse))
     limit = margin(kid_coarse - kid_fine)
-    check = _aa_check(of_fine, real, limit, seed)
+    check = _aa_check(of_fine, real, part.groups, limit, seed)
     with atomic_folder(out) as folder:
         write_json(
             folder / "anchor.json",
@@ -99,7 +99,7 @@ def anchor(
     return AnchorResult(limit, kid_fine, kid_coarse, check["pass_rate"])
 
 
-def _aa_check(generated: np.ndarray, real: np.ndarray, limit: float, seed: int) -> dict[str, Any]:
+def _aa_check(generated: np.ndarray, real: np.ndarray, groups: np.ndarray, limit: float, seed: int) -> dict[str, Any]:
     """Halve the samples at random, many times: two halves are the same teacher with independent noise.
 
     At half the samples the intervals are wider than in any verdict, so the pass rate is a lower bound of theirs.
@@ -108,7 +108,7 @@ def _aa_check(generated: np.ndarray, real: np.ndarray, limit: float, seed: int) 
     passed, intervals = 0, []
     for trial in range(AA_TRIALS):
         order = rng.generator(seed, "anchor", "aa", trial).permutation(len(generated))
-        interval = kid_difference(generated[order[:half]], generated[order[half : 2 * half]], real)
+        interval = kid_difference(generated[order[:half]], generated[order[half : 2 * half]], real, groups=groups)
         passed += non_inferior(interval, limit)
         intervals.append(interval)
     middle = sorted(intervals, key=lambda interval: interval.high - interval.low)[AA_TRIALS // 2]

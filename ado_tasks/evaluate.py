@@ -76,7 +76,8 @@ def evaluate(
         DivergenceError: a sample is not finite.
     """
     frozen = read_json(anchor / "anchor.json", "features_sha256", "margin")
-    data, extractor, judge = open_dataset(dataset), load_features(features), load_judge(features)
+    data, extractor = open_dataset(dataset), load_features(features)
+    judge = load_judge(features) if data.num_classes > 1 else None
     if frozen["features_sha256"] != extractor.sha256:
         raise ArtifactError(
             f"{anchor}: the margin was frozen with other features than {features} holds; run `anchor` again"
@@ -120,7 +121,8 @@ def evaluate(
     result = {
         "variants": entries,
         "reference": yardstick.describe() | {
-            "n_generated": len(start), "features_sha256": extractor.sha256, "judge_sha256": judge.sha256,
+            "n_generated": len(start), "features_sha256": extractor.sha256,
+            "judge_sha256": None if judge is None else judge.sha256,
             "seeds": {"report": seed, "draw": REPORT}, "anchor": frozen, "n_paired": len(paired),
             "fine": {"solver": FINE_SOLVER, "grid": "uniform_log_snr", "steps": FINE_STEPS},
         },
@@ -198,7 +200,7 @@ def _choose(
     reasons = []
     for variant in sorted((v for v in variants if v.family != "teacher"), key=lambda v: v.nfe):
         found = extractor.whitened(extractor.features(samplers(variant, start)))
-        interval = kid_difference(found, teacher, real)
+        interval = kid_difference(found, teacher, real, groups=part.groups)
         passed = non_inferior(interval, limit)
         reasons.append({"name": variant.name, "upper_end": interval.high, "margin": limit, "non_inferior": passed})
         if passed:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -11,7 +11,7 @@ from pydantic import Field
 from ado_tasks.backend import mx
 from ado_tasks.config import config
 from ado_tasks.datasets.shards import Dataset, Split, open_dataset
-from ado_tasks.errors import DivergenceError
+from ado_tasks.errors import ConfigError, DivergenceError
 from ado_tasks.metrics.whitening import whitening
 from ado_tasks.models import classifier
 from ado_tasks.models.classifier import Architecture, FeatureExtractor, Judge, Weights, load_features, load_judge
@@ -21,7 +21,7 @@ from ado_tasks.storage import atomic_folder, save_arrays, sha256_file, write_jso
 
 ADAM = (0.9, 0.99)  # decay of the two moments: Kingma & Ba 2015 with a shorter second memory, as runs are short
 ADAM_EPSILON = 1e-8  # Kingma & Ba 2015, algorithm 1
-ORIENTATIONS = 4  # as is, mirrored, upside down, both: defined for any aspect ratio
+ORIENTATIONS = 4  # what a network tells apart where there are no classes: see `orient` and `rotate`
 FIGURES_FROM = 2_000  # images: their mean is known to 1 in 45 of a standard deviation of images, which is plenty
 CURVE_EVERY = 20  # steps between points of the loss curve
 
@@ -37,6 +37,9 @@ class FeaturesConfig:
     learning_rate: Annotated[float, Field(gt=0)] = (
         3e-3  # highest; warms up over a tenth of the steps, falls to 0 as half a cosine
     )
+    # Without classes. orientation: mirrored, upside down or both, for any aspect ratio; rotation: by quarter turns, for
+    # square images, and the one to take where the train part holds mirrored copies.
+    unlabelled: Literal["orientation", "rotation"] = "orientation"
     shift_pixels: Annotated[int, Field(ge=0, le=8)] = 1  # half of the images are shifted by up to this much
 
 
@@ -44,7 +47,7 @@ class FeaturesConfig:
 class FeaturesResult:
     """How good the two networks are on the selection part."""
 
-    task: str  # what the feature network learned: "classes" or "orientation"
+    task: str  # what the feature network learned: "classes", "orientation" or "rotation"
     feature_accuracy: float
     judge_accuracy: float | None  # None for a dataset without classes
     features_sha256: str
@@ -58,8 +61,8 @@ def features(
     The features are the penultimate layer of the first network (before its ReLU), each dimension standardised with its
     mean and standard deviation over the train part; what whitens them, for KID, is stored beside. The judge has another
     architecture and another initialisation. A dataset without classes (or with one) has no judge; its feature network
-    learns to tell four orientations apart (after RotNet, Gidaris et al. 2018), and the record says
-    `"task": "orientation"`.
+    learns to tell four orientations apart (after Gidaris et al. 2018) or, with `unlabelled: rotation`, the four quarter
+    turns (as they do), and the record says `"task": "orientation"` or `"rotation"`.
 
     Args:
         config: see FeaturesConfig.
@@ -70,11 +73,15 @@ def features(
 
     Raises:
         ArtifactError: the dataset is damaged.
+        ConfigError: rotation of images that are not square.
         DivergenceError: a loss is not finite.
     """
     data = open_dataset(dataset)
     classes = data.num_classes > 1
-    task = "classes" if classes else "orientation"
+    task = "classes" if classes else config.unlabelled
+    if task == "rotation" and data.shape[0] != data.shape[1]:
+        size = f"{data.shape[0]}x{data.shape[1]}"
+        raise ConfigError(f"features.unlabelled: 'rotation' is not allowed for images of {size}: only for square ones")
     feature_arch = _architecture(config, data, "pooled", data.num_classes if classes else ORIENTATIONS)
     weights = _train(config, data, feature_arch, seed, _Progress(report, 0, 2 if classes else 1))
     record: dict[str, Any] = {"dataset_sha256": data.sha256}
@@ -193,7 +200,8 @@ def _batch(
     images = shift(part.batch(indices), config.shift_pixels, rng)
     if classes:
         return images, part.labels[indices]
-    return orient(images, turns := rng.integers(ORIENTATIONS, size=config.batch)), turns
+    turns = rng.integers(ORIENTATIONS, size=config.batch)
+    return TURNED[config.unlabelled](images, turns), turns
 
 
 def shift(images: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarray:
@@ -211,6 +219,18 @@ def orient(images: np.ndarray, turns: np.ndarray) -> np.ndarray:
     return np.where((turns >= 2)[:, None, None, None], mirrored[:, ::-1], mirrored)
 
 
+def rotate(images: np.ndarray, turns: np.ndarray) -> np.ndarray:
+    """Square images (n, side, side, channels), each by as many quarter turns against the clock."""
+    out = images.copy()
+    for quarter in range(1, 4):
+        mine = turns % 4 == quarter
+        out[mine] = np.rot90(images[mine], quarter, axes=(1, 2))
+    return out
+
+
+TURNED = {"orientation": orient, "rotation": rotate}
+
+
 def _over(part: Split, function: Callable[..., mx.array], arch: Architecture, weights: Weights) -> np.ndarray:
     """`function` of every image of a part, read a batch at a time."""
     pieces = [slice(start, start + classifier.BATCH) for start in range(0, len(part), classifier.BATCH)]
@@ -224,7 +244,7 @@ def _accuracy(part: Split, arch: Architecture, weights: Weights, task: str) -> f
     for start in range(0, len(part), classifier.BATCH):
         images = part.batch(slice(start, start + classifier.BATCH))
         turns = np.arange(start, start + len(images)) % ORIENTATIONS
-        scores = classifier.run_batched(classifier.logits, arch, weights, orient(images, turns))
+        scores = classifier.run_batched(classifier.logits, arch, weights, TURNED[task](images, turns))
         right.append(scores.argmax(axis=1) == turns)
     return float(np.mean(np.concatenate(right)))
 

@@ -92,7 +92,8 @@ def _compare(workspace: Path, version: str, seed: int, client: "MlflowClient", m
     features = FeaturesOf(place, purpose="monitor", seed=seed)
     with tempfile.TemporaryDirectory(prefix="ado-monitor-") as folder:
         package = read_package(fetch_package(client, model, version, Path(folder)))
-        interval = kid_difference(features(package), features(place.package(REFERENCE)), features.real)
+        teacher = features(place.package(REFERENCE))
+        interval = kid_difference(features(package), teacher, features.real, groups=features.groups)
     margins = [
         variant["kid_minus_teacher"]["margin"]
         for variant in place.quality()["variants"]

@@ -9,7 +9,7 @@ import pandas as pd
 from pydantic import Field
 
 from ado_tasks.config import as_plain, config
-from ado_tasks.datasets import complexity, duplicates, folder, limits, packed, shapes, shards, splits
+from ado_tasks.datasets import complexity, duplicates, folder, limits, packed, patches, shapes, shards, splits
 from ado_tasks.datasets.source import Source, digits
 from ado_tasks.errors import ConfigError, DataError
 from ado_tasks.report import SILENT, Reporter
@@ -22,6 +22,7 @@ MIN_SIDE = 4  # the networks halve an image at least once and look at 3x3 pixels
 _KEYS_OF = {
     "digits": set(),
     "shapes": {"count", "height", "width"},
+    "patches": {"height", "width", "block", "guard", "stride", "flips"},
     "folder": {"height", "width", "channels", "resize", "alpha_over"},
     "idx": {"num_classes"},
     "npz": {"num_classes"},
@@ -34,21 +35,27 @@ class PrepareConfig:
     """Where the images come from and how they are parted."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = "digits"  # of the dataset
-    source: Literal["digits", "shapes", "folder", "idx", "npz"] = "digits"  # where images come from
+    source: Literal["digits", "shapes", "patches", "folder", "idx", "npz"] = "digits"  # where images come from
     labelled: bool = True  # false: classes are ignored, and need not be there
     count: Annotated[int, Field(ge=1)] | None = None  # shapes: images to draw
-    height: Side | None = None  # shapes: pixels; folder: what images are resized to, or must have already
+    height: Side | None = None  # shapes, patches: pixels; folder: what images are resized to, or must have already
     width: Side | None = None  # likewise
+    block: Annotated[int, Field(ge=4, le=427)] | None = None  # patches: side of a block, pixels (default: 64)
+    guard: Annotated[int, Field(ge=0, le=427)] | None = None  # patches: pixels between blocks (default: 8)
+    stride: Annotated[int, Field(ge=1, le=427)] | None = None  # patches: pixels between those of a block (default: 3)
+    flips: bool | None = None  # patches: those of train also mirrored left to right (default: false)
     channels: Literal[1, 3] | None = None  # folder: 1 makes grey of colours, 3 colours of grey (the default)
     resize: Literal["none", "crop", "stretch"] | None = None  # folder: how images get height and width (default: none)
     alpha_over: Annotated[int, Field(ge=0, le=255)] | None = None  # folder: grey behind transparency (default: refused)
     num_classes: Annotated[int, Field(ge=1)] | None = None  # idx, npz: labels lie under it (default: the largest found)
     max_gigabytes: Annotated[float, Field(gt=0)] = 64.0  # decoded pixels accepted; more is taken for a zip bomb
+    # Of patches, fractions of blocks.
     train: Annotated[float, Field(gt=0)] = 0.556  # part that models see: a fraction, or a number of images
     selection: Annotated[float, Field(gt=0)] = 0.222  # part that choices are made on: likewise
     report: Annotated[float, Field(gt=0)] = 0.222  # part that figures are reported on: likewise
     # RMS pixel distance up to which two images stay in one part; 0.02 of the full range is 5 grey levels, about what
-    # recompressing changes. The two nearest digits are 0.0415 apart.
+    # recompressing changes. The two nearest digits are 0.0415 apart. Not used for patches: their blocks stay together,
+    # and two pieces of sky are near without being copies.
     near_duplicate_rms: Annotated[float, Field(ge=0, le=0.5)] = 0.02
 
 
@@ -67,7 +74,8 @@ def prepare(
 ) -> PrepareResult:
     """Read, check, measure and split the images of a source, and write a dataset folder (see datasets/shards.py).
 
-    Images that are the same, or nearly so, stay in one part; the parts hold the classes in proportion.
+    Images that are the same, or nearly so, stay in one part; the parts hold the classes in proportion. The source
+    `patches` parts whole blocks of its photographs instead (see datasets/patches.py).
 
     Args:
         config: see PrepareConfig.
@@ -87,23 +95,26 @@ def prepare(
     if min(images.shape[:2]) < MIN_SIDE:
         height, width, _ = images.shape
         raise DataError(f"{source_path}: images of {height}x{width} pixels; at least {MIN_SIDE} a side are needed")
-    sizes = splits.part_sizes((config.train, config.selection, config.report), images.count)
+    sizes = (0, 0, 0) if images.parted else splits.part_sizes(_shares(config), images.count)  # before pixels are read
     with atomic_folder(out) as partial:
         writer = shards.ShardWriter(partial, images.shape)
         measured = _write_images(images, writer, report)
-        stored = shards.Shards(partial, writer.entries, images.shape)
-        groups = duplicates.duplicate_groups(
-            measured["thumbs"], measured["hashes"], stored.gather, config.near_duplicate_rms
-        )
         labels = np.full(images.count, -1) if images.labels is None else images.labels
-        parts = splits.assign(labels, groups, sizes, seed)
+        if images.parted is not None:
+            parts, groups = images.parted.parts, images.parted.groups
+        else:
+            stored = shards.Shards(partial, writer.entries, images.shape)
+            groups = duplicates.duplicate_groups(
+                measured["thumbs"], measured["hashes"], stored.gather, config.near_duplicate_rms
+            )
+            parts = splits.assign(labels, groups, sizes, seed)
         _check_classes(parts, labels, images.classes)
         columns = {"label": labels, "split": parts, "complexity": measured["complexity"], "group": groups}
         index = pd.DataFrame({**columns, **images.columns})
         index.to_parquet(partial / shards.INDEX, index=False)
         manifest = {
             **_described(config, images, seed),
-            **_counted(config, index),
+            **_counted(config, index, sought=images.parted is None),
             "index": {"file": shards.INDEX, "sha256": sha256_file(partial / shards.INDEX)},
             "shards": writer.entries,
         }
@@ -140,6 +151,7 @@ def _open_source(config: PrepareConfig, source_path: Path | None, seed: int) -> 
         "folder": lambda: folder.folder(path, _decoding(config), labelled=config.labelled),
         "idx": lambda: packed.idx(path, packing),
         "npz": lambda: packed.npz(path, packing),
+        "patches": lambda: patches.patches(_cut(config), _shares(config), seed),
     }
     opened = openers[config.source]()
     return opened if config.labelled else replace(opened, labels=None, classes=())
@@ -149,6 +161,11 @@ def _open_shapes(config: PrepareConfig, seed: int) -> Source:
     if config.count is None or config.height is None or config.width is None:
         raise ConfigError("prepare.source 'shapes' needs prepare.count, prepare.height and prepare.width")
     return shapes.shapes(config.count, config.height, config.width, seed)
+
+
+def _cut(config: PrepareConfig) -> patches.Cut:
+    given = {key: getattr(config, key) for key in sorted(_KEYS_OF["patches"])}
+    return patches.Cut(**{key: value for key, value in given.items() if value is not None})
 
 
 def _decoding(config: PrepareConfig) -> folder.Decoding:
@@ -174,6 +191,10 @@ def _write_images(images: Source, writer: shards.ShardWriter, report: Reporter) 
     return {"complexity": np.concatenate(scores), "thumbs": np.concatenate(thumbs), "hashes": hashes}
 
 
+def _shares(config: PrepareConfig) -> tuple[float, float, float]:
+    return config.train, config.selection, config.report
+
+
 def _check_classes(parts: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> None:
     """Every class must be in every part: a figure by class would otherwise be missing where it is reported."""
     for part in splits.PARTS if classes else ():
@@ -190,7 +211,7 @@ def _described(config: PrepareConfig, images: Source, seed: int) -> dict[str, An
     return {
         "format": shards.FORMAT,
         "name": config.name,
-        "source": {"kind": config.source, "description": images.description, "config": as_plain(config), "seed": seed},
+        "source": {"kind": config.source, "description": images.description, "config": _said(config), "seed": seed},
         "licence": images.licence,
         "count": images.count,
         "shape": list(images.shape),
@@ -199,18 +220,21 @@ def _described(config: PrepareConfig, images: Source, seed: int) -> dict[str, An
     }
 
 
-def _counted(config: PrepareConfig, index: pd.DataFrame) -> dict[str, Any]:
+def _said(config: PrepareConfig) -> dict[str, Any]:
+    """The config without keys that only patches have, where they are not given: other manifests keep their bytes."""
+    only_patches = _KEYS_OF["patches"] - {"height", "width"}
+    return {key: value for key, value in as_plain(config).items() if value is not None or key not in only_patches}
+
+
+def _counted(config: PrepareConfig, index: pd.DataFrame, *, sought: bool) -> dict[str, Any]:
     sizes = np.bincount(index["group"].to_numpy())
     parts = index["split"].to_numpy()
+    several = {"groups": int((sizes > 1).sum()), "images": int(sizes[sizes > 1].sum())}
     return {
         "splits": {part: int((parts == part).sum()) for part in (*splits.PARTS, splits.UNUSED)},
         "complexity": {
             "measure": complexity.MEASURE,
             "mean": float(index["complexity"].to_numpy().mean(dtype=np.float64)),
         },
-        "near_duplicates": {
-            "rms": config.near_duplicate_rms,
-            "groups": int((sizes > 1).sum()),
-            "images": int(sizes[sizes > 1].sum()),
-        },
+        **({"near_duplicates": {"rms": config.near_duplicate_rms, **several}} if sought else {"blocks": several}),
     }

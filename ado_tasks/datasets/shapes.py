@@ -16,12 +16,12 @@ COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 NUM_CLASSES = len(SHAPES) * len(COLOURS)  # label = shape * 6 + colour
 
 # Chosen far apart from one another and from the background: nearest pair (green, cyan) is 150 of 255 apart.
-_RGB = np.array(
+RGB = np.array(
     [(230, 40, 40), (40, 180, 60), (50, 80, 230), (240, 210, 40), (210, 60, 200), (50, 200, 210)], dtype=np.float32
 )
-_BACKGROUND = np.float32(32)  # dark grey: an edge is seen in every channel of every colour
-_SIZE = (0.14, 0.28)  # radius of the disc of equal area, as a fraction of the shorter side
-_TURN = np.pi / 12  # a slight rotation, at most 15 degrees either way
+BACKGROUND = np.float32(32)  # dark grey: an edge is seen in every channel of every colour
+SIZE = (0.14, 0.28)  # radius of the disc of equal area, as a fraction of the shorter side
+TURN = np.pi / 12  # a slight rotation, at most 15 degrees either way
 _CHUNK_PIXELS = 1 << 20  # drawn at a time: keeps the working arrays under about 50 MB
 
 # At equal area pi r^2 a shape cannot be told by how much of the image it covers.
@@ -45,22 +45,33 @@ def sample_attributes(count: int, height: int, width: int, seed: int) -> Attribu
     """Draw balanced labels, and sizes and places such that every shape lies wholly inside the image."""
     rng = generator(seed, "shapes", "attributes")
     label = rng.permutation(count) % NUM_CLASSES
-    size = rng.uniform(*_SIZE, count)
+    size = rng.uniform(*SIZE, count)
     reach = _REACH[label // len(COLOURS)] * size * min(height, width)
     cx = (reach + rng.uniform(size=count) * (width - 2 * reach)) / width
     cy = (reach + rng.uniform(size=count) * (height - 2 * reach)) / height
-    return Attributes(label, size, cx, cy, rng.uniform(-_TURN, _TURN, count))
+    return Attributes(label, size, cx, cy, rng.uniform(-TURN, TURN, count))
 
 
 def draw(attributes: Attributes, height: int, width: int) -> np.ndarray:
-    """Draw images, anti-aliased: coverage = clip(1/2 - d, 0, 1), d the signed distance to the outline in pixels.
-
-    For the polygons d is the distance to the nearest edge's line, so corners stay sharp.
+    """Draw images: background + coverage (colour - background), rounded.
 
     Returns:
         uint8 (n, height, width, 3).
     """
-    kind, colour = np.divmod(attributes.label, len(COLOURS))
+    covered = coverage(attributes, height, width)[..., None]
+    colour = attributes.label % len(COLOURS)
+    return np.rint(BACKGROUND + covered * (RGB[colour][:, None, None, :] - BACKGROUND)).astype(np.uint8)
+
+
+def coverage(attributes: Attributes, height: int, width: int) -> np.ndarray:
+    """How much of each pixel a shape covers, anti-aliased: clip(1/2 - d, 0, 1), d the signed distance in pixels.
+
+    For the polygons d is the distance to the nearest edge's line, so corners stay sharp.
+
+    Returns:
+        float32 (n, height, width).
+    """
+    kind = attributes.label // len(COLOURS)
     radius = attributes.size * min(height, width)
     x = (np.arange(width) + 0.5)[None, None, :] - (attributes.cx * width)[:, None, None]
     y = (np.arange(height) + 0.5)[None, :, None] - (attributes.cy * height)[:, None, None]
@@ -73,8 +84,7 @@ def draw(attributes: Attributes, height: int, width: int) -> np.ndarray:
             np.cos(a)[:, None, None] * x[mine] + np.sin(a)[:, None, None] * y[mine] for a in np.moveaxis(angles, 1, 0)
         ]
         distance[mine] = np.maximum.reduce(to_edges) - (_APOTHEM[index] * radius[mine])[:, None, None]
-    coverage = np.clip(0.5 - distance, 0, 1).astype(np.float32)[..., None]
-    return np.rint(_BACKGROUND + coverage * (_RGB[colour][:, None, None, :] - _BACKGROUND)).astype(np.uint8)
+    return np.clip(0.5 - distance, 0, 1).astype(np.float32)
 
 
 def shapes(count: int, height: int, width: int, seed: int) -> Source:

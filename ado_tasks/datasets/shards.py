@@ -154,6 +154,11 @@ class Split:
         """Images in the part."""
         return len(self.labels)
 
+    @property
+    def groups(self) -> np.ndarray:
+        """int64 (n,): equal for images that are one observation: near-duplicates, or patches of one block."""
+        return self.index["group"].to_numpy(np.int64)
+
     def batch(self, indices: slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 (n, height, width, channels) in [-1, 1]: x / 127.5 - 1."""
         return to_float(self.images[indices])

@@ -14,6 +14,14 @@ DIGIT_LEVELS = 16  # the digits count the black pixels of 4x4 blocks: 0..16 (skl
 
 
 @dataclass(frozen=True)
+class Parted:
+    """Parts and groups as the source knows them (blocks of a photograph); near-duplicates are then not looked for."""
+
+    parts: np.ndarray  # str (count,), as `splits.assign` names them
+    groups: np.ndarray  # int64 (count,): the first row of each one's group
+
+
+@dataclass(frozen=True)
 class Source:
     """Images that can be read once, in order, without ever being in memory together."""
 
@@ -25,6 +33,7 @@ class Source:
     labels: np.ndarray | None = None  # int64 (count,), 0 .. len(classes) - 1
     classes: tuple[str, ...] = ()  # the name of each label
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # further columns of the index, (count,) each
+    parted: Parted | None = None  # where the source itself decides what belongs together and where
 
 
 def digits() -> Source:

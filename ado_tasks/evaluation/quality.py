@@ -31,6 +31,7 @@ class Reference:
     train_images: Images
     report: Features
     train: Features
+    groups: npt.NDArray[np.int64]  # of the report part: what is resampled together
 
     @staticmethod
     def of(data: Dataset, extractor: FeatureExtractor) -> "Reference":
@@ -39,7 +40,7 @@ class Reference:
         train = data.split("train")
         images = report.batch(np.arange(len(report)))
         seen = train.batch(np.arange(min(len(train), 10 * len(report))))
-        return Reference(images, seen, extractor.features(images), extractor.features(seen))
+        return Reference(images, seen, extractor.features(images), extractor.features(seen), report.groups)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Yardstick:
     @cached_property
     def real_sums(self) -> Any:
         """Gram sums within the reference."""
-        return real_sums(self._white_report)
+        return real_sums(self._white_report, groups=self.reference.groups)
 
     @cached_property
     def _white_report(self) -> Features:
@@ -103,14 +104,16 @@ class Yardstick:
 
     def excess(self, generated: Features) -> Excess:
         """FD beyond that of training images; every variant meets the same halves."""
-        halves = np.random.default_rng(self.seed)
-        return excess(generated, self.reference.train, self.reference.report, draws=self.draws, rng=halves)
+        return self._excess(generated, self.reference.train, self.reference.report)
 
     def excess_random(self, images: Images) -> Excess:
         """The same in random features, the cross-check."""
         report, train, scale = self.random
+        return self._excess(standardise(random_features(images), *scale), train, report)
+
+    def _excess(self, generated: Features, train: Features, report: Features) -> Excess:
         halves = np.random.default_rng(self.seed)
-        return excess(standardise(random_features(images), *scale), train, report, draws=self.draws, rng=halves)
+        return excess(generated, train, report, draws=self.draws, rng=halves, groups=self.reference.groups)
 
     def describe(self) -> dict[str, Any]:
         """The floor, and the sizes."""
@@ -142,7 +145,7 @@ def score(yardstick: Yardstick, images: Images, start: Draw, base: Base) -> Scor
     reference = yardstick.reference
     found = yardstick.features(images)
     sums = yardstick.kernel_sums(found)
-    difference = difference_from_sums(sums, base.sums)
+    difference = difference_from_sums(sums, base.sums, groups=reference.groups)
     beyond = yardstick.excess(found)
     count = len(base.fine)
     same = len(reference.report)
@@ -187,6 +190,6 @@ def _copying(yardstick: Yardstick, images: Images) -> dict[str, float]:
     reference = yardstick.reference
     found = memorisation(
         images[: len(reference.report_images)], reference.report_images, reference.train_images,
-        rng=np.random.default_rng(yardstick.seed),
+        rng=np.random.default_rng(yardstick.seed), groups=reference.groups,
     )  # fmt: skip
     return {"value": found.value, "low": found.low, "high": found.high, "close": found.close}

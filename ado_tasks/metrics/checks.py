@@ -47,3 +47,16 @@ def same_count(a: FloatArray, b: FloatArray, names: str, why: str) -> None:
     """Raise unless both sets hold the same number of samples; `why` tells the caller what would go wrong."""
     if len(a) != len(b):
         raise StatisticsError(f"{names}: must have equal n ({why}), got {len(a)} and {len(b)}")
+
+
+def group_codes(groups: AnyArray | None, count: int) -> AnyArray:
+    """Groups as integers 0..G-1, shape (count,); without groups every sample is its own. One group is refused."""
+    if groups is None:
+        return np.arange(count)
+    labels = np.asarray(groups)
+    if labels.shape != (count,):
+        raise StatisticsError(f"groups: one label a real sample is needed, shape ({count},), got {labels.shape}")
+    codes = np.unique(labels, return_inverse=True)[1]
+    if codes.max() == 0:
+        raise StatisticsError("groups: at least 2 different groups are needed, got 1")
+    return codes

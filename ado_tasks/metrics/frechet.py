@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ado_tasks.errors import StatisticsError
-from ado_tasks.metrics.checks import AnyArray, FloatArray, features, same_count, same_width
+from ado_tasks.metrics.checks import AnyArray, FloatArray, features, group_codes, same_count, same_width
 
 MIN_DRAWS = 50  # the smallest number of draws a reported floor or excess may rest on (issue 2's bar)
 RANGE = (0.025, 0.975)  # docs/science.md, Metrics: the floor is given with its 95 % range
@@ -63,34 +63,40 @@ def frechet_distance(a: AnyArray, b: AnyArray) -> float:
     return _distance(_moments(set_a), _moments(set_b))
 
 
-def floor(real: AnyArray, *, draws: int, rng: np.random.Generator) -> Floor:
+def floor(real: AnyArray, *, draws: int, rng: np.random.Generator, groups: AnyArray | None = None) -> Floor:
     """FD no model can be asked to beat: between random disjoint halves of `real` (m, d), n = m // 2, drawn many times.
 
-    `draws` >= 50 (`StatisticsError` below). A model whose FD at the same n lies under `low` deserves a look: leakage or
-    copying.
+    With `groups` (m,), labels of what belongs together (patches of one block), no group is in both halves, and n is
+    smaller by half of the largest group. `draws` >= 50 (`StatisticsError` below). A model whose FD at the same n lies
+    under `low` deserves a look: leakage or copying.
     """
     values = features(real, "real", minimum=4)
     _check_draws(draws)
-    distances = [_distance(_moments(first), _moments(second)) for first, second in _halves(values, draws, rng)]
-    return _floor(np.array(distances), n=len(values) // 2)
+    codes = group_codes(groups, len(values))
+    distances = [_distance(_moments(first), _moments(second)) for first, second in _halves(values, codes, draws, rng)]
+    return _floor(np.array(distances), n=half_size(codes))
 
 
-def excess(model: AnyArray, train: AnyArray, real: AnyArray, *, draws: int, rng: np.random.Generator) -> Excess:
+def excess(
+    model: AnyArray, train: AnyArray, real: AnyArray, *, draws: int, rng: np.random.Generator,
+    groups: AnyArray | None = None,
+) -> Excess:  # fmt: skip
     """FD of a model beyond that of training images, against the same halves of the report part `real` (m, d).
 
     In each of `draws` >= 50 draws the report part is split in two random halves of n = m // 2; n samples of the model
     and n training images are drawn without replacement, and all three distances (model, train, other half) are to the
     first half. Averaging over draws uses all of each set while n stays equal. `model` and `train` need at least n
-    samples.
+    samples. `groups` (m,) as in `floor`.
     """
     values = features(real, "real", minimum=4)
-    n = len(values) // 2
+    codes = group_codes(groups, len(values))
+    n = half_size(codes)
     generated, training = features(model, "model", minimum=n), features(train, "train", minimum=n)
     same_width(generated, values, "model, real")
     same_width(training, values, "train, real")
     _check_draws(draws)
     rows = np.empty((draws, 3))
-    for row, (half, other) in zip(rows, _halves(values, draws, rng), strict=True):
+    for row, (half, other) in zip(rows, _halves(values, codes, draws, rng), strict=True):
         target = _moments(half)
         row[:] = [
             _distance(_moments(rng.choice(generated, n, replace=False)), target),
@@ -131,11 +137,32 @@ def _distance(a: _Moments, b: _Moments) -> float:
     return max(0.0, float(squared))  # a distance: what is below 0 is rounding, about 1e-15 of the traces
 
 
-def _halves(values: FloatArray, draws: int, rng: np.random.Generator) -> Iterator[tuple[FloatArray, FloatArray]]:
-    n = len(values) // 2
+def half_size(codes: AnyArray) -> int:
+    """Samples in each half of m where no group is in both: (m - (s - 1)) // 2, s the size of the largest group.
+
+    Groups follow one another in random order, each whole: where s - 1 samples between the first n and the next n are
+    left out, no group reaches from one half into the other. Without groups s = 1, and n = m // 2.
+    """
+    n = (len(codes) - _gap(codes)) // 2
+    if n < 2:
+        raise StatisticsError(f"groups: one holds so much of {len(codes)} samples that no two halves can be drawn")
+    return n
+
+
+def _gap(codes: AnyArray) -> int:
+    return int(np.bincount(codes).max()) - 1
+
+
+def _halves(
+    values: FloatArray, codes: AnyArray, draws: int, rng: np.random.Generator
+) -> Iterator[tuple[FloatArray, FloatArray]]:
+    n, gap, count = half_size(codes), _gap(codes), int(codes.max()) + 1
+    members = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes))
+    starts = np.concatenate([[0], ends[:-1]])
     for _ in range(draws):
-        order = rng.permutation(len(values))
-        yield values[order[:n]], values[order[n : 2 * n]]
+        order = np.concatenate([members[starts[code] : ends[code]] for code in rng.permutation(count)])
+        yield values[order[:n]], values[order[n + gap : 2 * n + gap]]
 
 
 def _floor(distances: FloatArray, n: int) -> Floor:

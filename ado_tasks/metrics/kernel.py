@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ado_tasks.errors import StatisticsError
-from ado_tasks.metrics.checks import AnyArray, FloatArray, features, same_width
+from ado_tasks.metrics.checks import AnyArray, FloatArray, features, group_codes, same_width
 
 BLOCK = 512  # rows and columns of a Gram block: 512 x 512 doubles are 2 MiB, which stays in a core's cache
 
@@ -93,19 +92,6 @@ def real_sums(real: AnyArray, *, groups: AnyArray | None = None) -> RealSums:
         gram[codes[block, None] == codes[None, :]] = 0.0
         rows[block] = gram.sum(axis=1)
     return RealSums(rows=rows, pairs=(len(y) - sizes[codes]).astype(np.float64), groups=codes)
-
-
-def group_codes(groups: AnyArray | None, count: int) -> AnyArray:
-    """Groups as integers 0..G-1, shape (count,); without groups every sample is its own. One group is refused."""
-    if groups is None:
-        return np.arange(count)
-    labels = np.asarray(groups)
-    if labels.shape != (count,):
-        raise StatisticsError(f"groups: one label a real sample is needed, shape ({count},), got {labels.shape}")
-    codes = np.unique(labels, return_inverse=True)[1]
-    if codes.max() == 0:
-        raise StatisticsError("groups: at least 2 different groups are needed, got 1")
-    return codes
 
 
 def _within(x: FloatArray) -> FloatArray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ado_tasks.errors import StatisticsError
-from ado_tasks.metrics.checks import AnyArray, same_width, samples
+from ado_tasks.metrics.checks import AnyArray, group_codes, same_width, samples
 from ado_tasks.metrics.interval import LEVEL, check_level
 from ado_tasks.metrics.neighbours import nearest
 
@@ -39,14 +39,15 @@ def memorisation(
     train: AnyArray,
     *,
     rng: np.random.Generator,
+    groups: AnyArray | None = None,
     draws: int = DRAWS,
     level: float = LEVEL,
 ) -> Memorisation:
     """median_i min_k |g_i - t_k| / median_j min_k |h_j - t_k| for pixels or features of one shape.
 
-    The interval is a percentile bootstrap over generated and held-out samples (Efron 1979); the training images are
-    what they are. `StatisticsError` where half of the held-out images lie in the training set: then the split leaks,
-    and the ratio has no meaning.
+    The interval is a percentile bootstrap over generated and held-out samples (Efron 1979), held-out ones by `groups`
+    (labels of what belongs together) where given; the training images are what they are. `StatisticsError` where half
+    of the held-out images lie in the training set: then the split leaks, and the ratio has no meaning.
     """
     x, h, t = samples(generated, "generated"), samples(held_out, "held_out"), samples(train, "train", minimum=1)
     same_width(x, t, "generated, train")
@@ -57,7 +58,9 @@ def memorisation(
     if typical == 0.0:
         raise StatisticsError("held_out: half of its samples or more are training images; the parts must be disjoint")
     above = np.array([_resampled_median(of_generated, rng) for _ in range(draws)])
-    below = np.array([_resampled_median(of_held_out, rng) for _ in range(draws)])
+    codes = group_codes(groups, len(h))
+    whole = [of_held_out[codes == code] for code in range(codes.max() + 1)] if codes.max() + 1 < len(h) else None
+    below = np.array([_resampled_median(of_held_out, rng, whole) for _ in range(draws)])
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample of many copies may have a median of 0
         low, high = np.nanquantile(above / below, [0.5 - level / 2, 0.5 + level / 2])
     return Memorisation(
@@ -68,5 +71,8 @@ def memorisation(
     )
 
 
-def _resampled_median(values: AnyArray, rng: np.random.Generator) -> float:
-    return float(np.median(rng.choice(values, len(values))))
+def _resampled_median(values: AnyArray, rng: np.random.Generator, groups: list[AnyArray] | None = None) -> float:
+    """Median of as many samples, or groups, drawn with replacement."""
+    if groups is None:
+        return float(np.median(rng.choice(values, len(values))))
+    return float(np.median(np.concatenate([groups[code] for code in rng.integers(len(groups), size=len(groups))])))

@@ -7,9 +7,9 @@ import numpy as np
 from scipy import stats
 
 from ado_tasks.errors import StatisticsError
-from ado_tasks.metrics.checks import AnyArray, FloatArray
+from ado_tasks.metrics.checks import AnyArray, FloatArray, group_codes
 from ado_tasks.metrics.interval import LEVEL, Interval, check_level
-from ado_tasks.metrics.kernel import KernelSums, RealSums, blocks, cubic_kernel, group_codes, kernel_sums, kid_from_sums
+from ado_tasks.metrics.kernel import KernelSums, RealSums, blocks, cubic_kernel, kernel_sums, kid_from_sums
 
 MARGIN_SHARE = 0.10  # docs/science.md, Metrics: 10 % of what 4 instead of 50 teacher steps lose
 MIN_NOISE = 3  # a delete-one jackknife of a statistic over pairs needs two samples left
@@ -150,7 +150,8 @@ def _both(student: KernelSums, teacher: KernelSums | None, codes: AnyArray) -> f
     if teacher is not None:
         cross, columns = cross - teacher.cross, columns - teacher.columns
     by_row, by_column = cross / m, (columns - columns.mean()) / n
-    member = np.equal.outer(codes, np.arange(count)).astype(np.float64) if count < m else None
+    order = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(count))
     total = 0.0
     for rows in blocks(n):
         gram = cubic_kernel(student.generated[rows], student.real)
@@ -158,7 +159,7 @@ def _both(student: KernelSums, teacher: KernelSums | None, codes: AnyArray) -> f
             gram -= cubic_kernel(teacher.generated[rows], teacher.real)
         gram -= by_row[rows, None]
         gram -= by_column
-        part = gram if member is None else gram @ member
+        part = gram if count == m else np.add.reduceat(gram[:, order], starts, axis=1)
         total += float(np.vdot(part, part))
     return 4 * total / m**2 / (n * (n - 1)) * count / (count - 1)
 

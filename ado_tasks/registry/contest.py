@@ -91,7 +91,7 @@ def _differences(
             with named_registry_errors(mlflow_uri):
                 fetched = fetch_package(connect(mlflow_uri), model, rival.version, folder / role)
             made[rival.version] = measured(read_package(fetched))
-        interval = kid_difference(of_challenger, made[rival.version], measured.real)
+        interval = kid_difference(of_challenger, made[rival.version], measured.real, groups=measured.groups)
         found[role] = {"version": rival.version, "value": interval.value, "ci": [interval.low, interval.high]}
     return found
 
@@ -112,6 +112,7 @@ class FeaturesOf:
         self._data = open_dataset(place.data)
         self._start: Draw = self._draw(self._quality["reference"], purpose, seed)
         self.real = self.of_part("report")
+        self.groups = self._data.split("report").groups
 
     def of_part(self, name: str) -> np.ndarray:
         """Those of the real images of a part of the data."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import linalg
 
 from ado_tasks.errors import StatisticsError
-from ado_tasks.metrics.frechet import excess, floor, frechet_distance
+from ado_tasks.metrics.frechet import _halves, excess, floor, frechet_distance, half_size
 
 
 def with_moments(rng: np.random.Generator, n: int, mean: np.ndarray, cov: np.ndarray) -> np.ndarray:
@@ -113,6 +113,43 @@ def test_floor_halves_are_disjoint() -> None:
     real = np.random.default_rng(8).normal(size=(20, 1))
     real[0] = 1000.0
     assert floor(real, draws=50, rng=np.random.default_rng(9)).low > 5000
+
+
+def test_halves_share_no_group() -> None:
+    # Ten groups of unequal size, each far from the others: a group in both halves would bring them near one another.
+    rng = np.random.default_rng(10)
+    groups = rng.permutation(np.repeat(np.arange(10), [2, 7, 3, 3, 5, 1, 4, 2, 6, 7]))
+    real = 1000.0 * 2.0 ** groups[:, None]
+    for half, other in _halves(real, groups, 50, rng):
+        assert len(half) == len(other) == (40 - 6) // 2 == half_size(groups)
+        assert not set(half[:, 0]) & set(other[:, 0])
+
+
+def test_without_groups_the_halves_are_those_of_single_samples() -> None:
+    real = np.random.default_rng(5).normal(size=(51, 2))
+    rng = np.random.default_rng(0)
+    order = np.random.default_rng(0).permutation(51)
+    half, other = next(_halves(real, np.arange(51), 1, rng))
+    np.testing.assert_array_equal(half, real[order[:25]])
+    np.testing.assert_array_equal(other, real[order[25:50]])
+
+
+def test_groups_raise_the_floor_of_samples_that_depend_on_one_another() -> None:
+    """20 groups of 10 samples that share 90 % of their variance: the floor is that of few samples, not of 200."""
+    rng = np.random.default_rng(16)
+    groups = np.repeat(np.arange(20), 10)
+    real = np.sqrt(0.9) * rng.normal(size=(20, 4))[groups] + np.sqrt(0.1) * rng.normal(size=(200, 4))
+    naive, honest = (floor(real, draws=50, rng=np.random.default_rng(17), groups=g) for g in (None, groups))
+    assert honest.mean > 3 * naive.mean
+    beside = excess(real, real, real, draws=50, rng=np.random.default_rng(17), groups=groups)
+    assert beside.n == honest.n == (200 - 9) // 2
+    assert beside.floor.mean > 3 * naive.mean
+
+
+def test_one_group_that_holds_too_much_is_named() -> None:
+    with pytest.raises(StatisticsError, match="groups: one holds so much of 10 samples"):
+        floor(np.random.default_rng(0).normal(size=(10, 2)), draws=50, rng=np.random.default_rng(0),
+              groups=np.array([0] * 8 + [1, 2]))  # fmt: skip
 
 
 def test_excess_vanishes_for_fresh_samples_and_shows_a_shift() -> None:

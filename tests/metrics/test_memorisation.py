@@ -54,6 +54,21 @@ def test_interval_covers_one_for_a_perfect_model() -> None:
     assert covered >= 88  # 95 expected; fewer than 88 in 1 of 300 runs
 
 
+def test_held_out_images_of_one_group_are_resampled_together() -> None:
+    """20 groups whose members lie equally far from the training set: the interval is that of 20, not of 400."""
+    rng = np.random.default_rng(7)
+    train, groups = rng.normal(size=(300, 3)), np.repeat(np.arange(20), 20)
+    held_out = rng.normal(size=(20, 3))[groups] * 2 + 0.01 * rng.normal(size=(400, 3))
+    generated = rng.normal(size=(400, 3)) * 2
+
+    def width(given: np.ndarray | None) -> float:
+        found = memorisation(generated, held_out, train, rng=np.random.default_rng(8), groups=given, draws=300)
+        return found.high - found.low
+
+    assert width(groups) > 2 * width(None)
+    assert width(np.arange(400)) == width(None)
+
+
 def test_nearest_is_exact_for_copies_far_from_the_origin() -> None:
     x = 1e4 + np.random.default_rng(5).normal(size=(20, 6))
     np.testing.assert_array_equal(nearest(x, x), 0.0)
