@@ -1,14 +1,26 @@
 """The array operations a U-Net is made of, each in the form that is fast on the device at hand. Images are NHWC.
 
-On Metal and CUDA these are MLX's own; on the CPU, in float32, those of `cpu_ops`.
+On Metal and CUDA these are MLX's own; on the CPU, in float32, those of `cpu_ops`. Attention between many positions goes
+in blocks wherever no fused kernel has a gradient.
 """
 
 from ado_tasks.backend import mx, on_cpu
 from ado_tasks.models import cpu_ops
+from ado_tasks.models.attention_choice import WHOLE_POSITIONS, cuda_fuses
+from ado_tasks.models.chunked_attention import chunked_attention
 
 
 def _in_cpu_form(x: mx.array) -> bool:
     return x.dtype == mx.float32 and on_cpu()
+
+
+def _in_blocks(q: mx.array) -> bool:
+    """Whether queries (B, heads, L, D) are too many for one block, and no fused kernel has a gradient."""
+    _, _, length, width = q.shape
+    if length <= WHOLE_POSITIONS:
+        return False
+    fused = mx.cuda.is_available() and cuda_fuses(half=q.dtype != mx.float32, head_width=width, positions=length)
+    return on_cpu() or not fused
 
 
 def silu(x: mx.array) -> mx.array:
@@ -51,7 +63,9 @@ def group_norm(
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """softmax(q kᵀ · scale) v for (B, heads, L, D)."""
+    """softmax(q kᵀ · scale) v for (B, heads, L, D). Memory is linear in L beyond WHOLE_POSITIONS."""
+    if _in_blocks(q):
+        return chunked_attention(q, k, v, scale)
     if _in_cpu_form(q):
         return cpu_ops.attention(q, k, v, scale)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -59,7 +73,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 
 def self_attention(x: mx.array, weights: list[mx.array], biases: list[mx.array], heads: int, scale: float) -> mx.array:
     """softmax(q kᵀ · scale) v for q, k, v = x W_iᵀ + b_i, x (B, L, C) and W (heads·D, C), to (B, L, heads·D)."""
-    if _in_cpu_form(x):
+    if _in_cpu_form(x) and x.shape[1] <= WHOLE_POSITIONS:
         return cpu_ops.self_attention(x, weights, biases, heads, scale)
     b, length, _ = x.shape
     q, k, v = (
