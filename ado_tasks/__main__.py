@@ -40,6 +40,7 @@ MEASURED = {"profile", "measure"}
 UNRECORDED = {"profile"}  # it runs every time, to see whether the machine is another one; nothing is learned from that
 EDGE_COMMANDS = {
     "compare": "print what the reports say: every variant, its quality, cost and speed-up; across runs with --runs",
+    "choose": "say which variant, solver, evaluations and batch keep a budget on this machine, by the reports",
     "gate": "judge the chosen variant: beside the champion, or beside the teacher where there is none yet",
     "register": "make an approved model a version of the registered model in MLflow",
     "promote": "make a registered version the champion",

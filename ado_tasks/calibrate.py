@@ -16,7 +16,7 @@ from ado_tasks.diffusion import grids
 from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.errors import DivergenceError
 from ado_tasks.interop.diffusers_folder import read_model
-from ado_tasks.optimise import gits, ld3
+from ado_tasks.optimise import cost, gits, ld3
 from ado_tasks.optimise.knots import Fit, fit_knots, on_timesteps, resampled
 from ado_tasks.pictures import plain_axes, save_figure
 from ado_tasks.report import SILENT, Reporter
@@ -34,9 +34,9 @@ FIT, KEEP, VALIDATE = "calibrate/fit", "calibrate/keep", "calibrate/validate"
 
 # How a solver runs in Diffusers at its learned timesteps: `set_timesteps(timesteps=…)` of this scheduler, made with
 # `from_config(model's scheduler config, **fields)`. DDIMScheduler itself takes evenly spaced timesteps only, and
-# IPNDMScheduler has no noise schedule of a model's own: iPNDM at learned knots runs here alone. Where the network is
-# told other timesteps (`told_timesteps`), x̂ is made of its output there and given to the scheduler, which then has
-# `prediction_type` "sample".
+# IPNDMScheduler has no noise schedule of a model's own: iPNDM at learned knots runs here alone, and so does angle_ab2,
+# which Diffusers does not have. Where the network is told other timesteps (`told_timesteps`), x̂ is made of its output
+# there and given to the scheduler, which then has `prediction_type` "sample".
 _MULTISTEP: dict[str, Any] = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
 DIFFUSERS: dict[str, dict[str, Any]] = {
     "ddim": {"scheduler": "DPMSolverMultistepScheduler", "fields": {"solver_order": 1, **_MULTISTEP}},
@@ -51,7 +51,7 @@ class CalibrateConfig:
     """How knots are learned."""
 
     nfe: tuple[Annotated[int, Field(ge=2, le=50)], ...] = (4, 5, 6, 8)  # evaluations an image to learn knots for
-    solvers: tuple[Literal["ddim", "ipndm", "dpmpp_2m"], ...] = ("ddim", "ipndm")  # one evaluation a step, no noise
+    solvers: tuple[Literal["ddim", "ipndm", "dpmpp_2m", "angle_ab2"], ...] = ("ddim", "ipndm")  # one evaluation a step
     learner: Annotated[tuple[Literal["fitted", "ld3"], ...], Field(min_length=1)] = ("fitted",)  # each: a candidate
     samples: Annotated[int, Field(ge=8)] = 48  # trajectories that knots are fitted on
     validation_samples: Annotated[int, Field(ge=8)] = 128  # other trajectories that candidates are compared on
@@ -105,20 +105,20 @@ def calibrate(
         name: _Trajectories(Sampler(stored, count, config.shards), draw(seed, name, count, part), config.points)
         for name, count in sizes.items()
     }
-    cost = {"reference": _evaluations(on)}  # of network evaluations, by what they were for
+    spent = {"reference": _evaluations(on)}  # network evaluations, by what they were for
     entries: list[dict[str, Any]] = []
     for solver in config.solvers:
         learner, before = _Learner(config, solver, on, seed), None
         for steps in sorted(set(config.nfe)):
-            already = sum(cost.values())
+            already = sum(spent.values())
             entry, before = learner.learn(steps, before)
             entries.append(entry)
-            cost[f"{solver}-{steps}"] = _evaluations(on) - already
+            spent[f"{solver}-{steps}"] = _evaluations(on) - already
             report.metric(f"{solver}-{steps}.distance", entry["distance"])
             report.metric(f"{solver}-{steps}.ratio_to_best", entry["ratio_to_best"])
             report.progress(len(entries), len(config.solvers) * len(set(config.nfe)))
 
-    evaluations = _evaluations(on)
+    evaluations, training = _evaluations(on), cost.training_passes(stored.record)
     chosen_on = {
         "seed": seed, "fit": {"draw": FIT, "samples": config.samples},
         "validation": {"draw": VALIDATE, "samples": config.validation_samples}, "model_sha256": sha256_tree(model),
@@ -131,8 +131,8 @@ def calibrate(
         write_json(
             folder / INDEX,
             {
-                "schedules": entries, "chosen_on": chosen_on, "evaluations": evaluations, "cost": cost,
-                "config": as_plain(config),
+                "schedules": entries, "chosen_on": chosen_on, "evaluations": evaluations, "cost": spent,
+                "share_of_training": _shares(spent, training), "config": as_plain(config),
             },
         )  # fmt: skip
         _save_picture(folder / PICTURE, entries)
@@ -173,6 +173,11 @@ class _Trajectories:
 
 def _evaluations(on: dict[str, _Trajectories]) -> int:
     return sum(each.evaluations for each in on.values())
+
+
+def _shares(spent: dict[str, int], training: cost.Passes | None) -> dict[str, float] | None:
+    """Of the network evaluations of the teacher's training; None where it was not trained here."""
+    return None if training is None else {name: count / training.evaluations for name, count in spent.items()}
 
 
 def _typical(squared: Floats) -> float:
@@ -222,7 +227,7 @@ class _Learner:
         config, steps = self._config, len(start) - 1
         batch = min(config.descent_batch, config.samples)
         settings = ld3.Settings(
-            steps=max(1, config.descent_evaluations // ((1 + ld3.BACKWARD) * batch * steps)), batch=batch,
+            steps=max(1, config.descent_evaluations // (cost.GRADIENT * batch * steps)), batch=batch,
             rate=config.descent_rate, free_start=config.free_start,
         )  # fmt: skip
         learned = ld3.learn(

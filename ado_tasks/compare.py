@@ -21,6 +21,7 @@ from ado_tasks.optimise.stages import stages_of, stopping_point
 from ado_tasks.storage import read_json
 
 WIDTH = 150  # characters, where no terminal says: all columns in full
+CALIBRATION_SHARE, DISTILLATION_RATIO = 0.10, 3.0  # of the teacher's training, at most, on digits: issue 4's bars
 CHAINS = ("progressive",)  # families whose students are each made from the one before
 COLUMNS = {
     "variant": "variant",
@@ -145,6 +146,7 @@ def closing_lines(quality: dict[str, Any], cost: dict[str, Any], reports: Path) 
         f"non-inferior: the upper end of the interval lies under the margin of {margin:.3g}, "
         "which was frozen before any student existed.",
         *_stops(quality["variants"], margin),
+        *_spent(quality.get("compute")),
         *_nearness(quality["variants"], quality.get("calibration", [])),
         *(["speed-up: the median over the rounds of `measure`; in brackets the least and the most."] if cost else []),
         f"chosen (on the selection part): {chosen}{gain}.",
@@ -190,6 +192,31 @@ def _nearness(entries: Sequence[Mapping[str, Any]], calibration: Sequence[Mappin
         *([f"learned knots: nearer to the fine solution than every usual grid in {nearer} of {len(calibration)} cases "
            "(solver and steps; each p < 0.05 after Holm)."] if calibration else []),
     ]  # fmt: skip
+
+
+def _spent(compute: Mapping[str, Any] | None) -> list[str]:
+    """What calibration and distillation cost beside the teacher's training, in network evaluations."""
+    if not compute or not compute["training"]:
+        return []
+    training = compute["training"]
+    known = {family: count for family, count in compute["distillation"].items() if count is not None}
+    spent = dict(compute["calibration"] or {})
+    reference = spent.pop("reference", 0)
+    lines = []
+    if spent:
+        most = max(spent, key=lambda name: spent[name])
+        lines.append(
+            f"calibration: at most {100 * spent[most] / training:.1f} % of the teacher's training for a schedule "
+            f"({most}), and {100 * reference / training:.1f} % once for the fine trajectories "
+            f"(asked on digits: {100 * CALIBRATION_SHARE:.0f} %)."
+        )
+    if known:
+        said = ", ".join(f"{family} {count / training:.2f}×" for family, count in known.items())
+        lines.append(
+            f"distillation: {said} the teacher's training, all stages together (asked on digits: "
+            f"{DISTILLATION_RATIO:g}×); it is {training:,} network evaluations, a backward pass as two forward passes."
+        )
+    return lines
 
 
 def _stops(entries: Sequence[Mapping[str, Any]], margin: float) -> list[str]:

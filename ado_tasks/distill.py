@@ -24,6 +24,7 @@ from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.batches import images_of_step, labels_of
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.consistency import ConsistencyConfig
+from ado_tasks.optimise.cost import distillation_passes
 from ado_tasks.optimise.loop import Curve, Loop, Step
 from ado_tasks.optimise.matching import Matching, MatchingConfig, MatchingStep
 from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
@@ -175,6 +176,8 @@ def distill(
         write_json(folder / "curves.json", curves)
         save_curves(folder / "distillation.png", curves, "distillation loss")
     report.picture("distillation", out / "distillation.png")
+    spent = distillation_passes(_record(stored, config, list(weights)[-1], seed))
+    report.metric("evaluations", spent.evaluations if spent else 0)
     for after in config.student_steps:
         Checkpoints.under(scratch, key + f"-{after}").clear()
         Checkpoints.under(scratch, key + f"-{after}-matched").clear()

@@ -59,3 +59,9 @@ class PromotionError(AdoError):
     """A version may not become the champion: refused, judged against another champion, or not what was judged."""
 
     exit_code = 10
+
+
+class BudgetError(AdoError):
+    """No way to sample keeps every limit that was given. Names the smallest limit that would do."""
+
+    exit_code = 11

@@ -19,6 +19,7 @@ from ado_tasks.evaluation.quality import Reference, Scores, Yardstick, base_of, 
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model
 from ado_tasks.metrics.noninferiority import kid_difference, non_inferior
 from ado_tasks.models.classifier import load_features, load_judge
+from ado_tasks.optimise.cost import family_passes, training_passes
 from ado_tasks.pictures import save_grid
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Images, Sampler, draw
@@ -42,6 +43,7 @@ class EvaluateConfig:
     draws: Annotated[int, Field(ge=50)] = 50  # random halves for FD and its floor
     batch_size: Annotated[int, Field(ge=1)] = 256  # images through the network at a time
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
+    judge_all: bool = False  # on the selection part, for `ado choose`; else only up to the cheapest that is good enough
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def evaluate(
         "calibration": calibration,
         "chosen": chosen,
         "choice": reasons,
+        "compute": _compute(stored, variants, schedules),
         "config": as_plain(config),
     }  # fmt: skip
     with atomic_files(out, last="evaluate.json") as folder:
@@ -188,6 +191,24 @@ def _entry(variant: Variant, found: Scores, ddim_error: float | None) -> dict[st
     }
 
 
+def _compute(teacher: StoredModel, variants: list[Variant], schedules: Path) -> dict[str, Any]:
+    """Network evaluations of training, of each family's distillation, of learned schedules; None where not known."""
+    training = training_passes(teacher.record)
+    families: dict[str, list[dict[str, Any]]] = {}
+    for variant in variants:
+        if variant.model is not teacher:
+            families.setdefault(variant.family, []).append(variant.model.record)
+    index = schedules / "index.json"
+    return {
+        "training": None if training is None else training.evaluations,
+        "distillation": {
+            family: None if passes is None else passes.evaluations
+            for family, passes in ((family, family_passes(records)) for family, records in families.items())
+        },
+        "calibration": read_json(index).get("cost") if index.exists() else None,
+    }
+
+
 def _choose(
     config: EvaluateConfig, samplers: _Samplers, variants: list[Variant], data: Any, extractor: Any, anchor: Path,
     limit: float, seed: int,
@@ -197,12 +218,14 @@ def _choose(
     real = extractor.whitened(extractor.features(part.batch(np.arange(len(part)))))
     teacher = np.array(load_arrays(anchor / "teacher.safetensors")["features"])
     start = draw(seed, SELECTION, len(teacher), part)
-    reasons = []
+    chosen, reasons = None, []
     for variant in sorted((v for v in variants if v.family != "teacher"), key=lambda v: v.nfe):
         found = extractor.whitened(extractor.features(samplers(variant, start)))
         interval = kid_difference(found, teacher, real, groups=part.groups)
         passed = non_inferior(interval, limit)
         reasons.append({"name": variant.name, "upper_end": interval.high, "margin": limit, "non_inferior": passed})
-        if passed:
-            return variant.name, reasons
-    return "teacher-50", reasons
+        if passed and chosen is None:
+            chosen = variant.name
+        if chosen and not config.judge_all:
+            break
+    return chosen or "teacher-50", reasons

@@ -4,6 +4,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,14 +14,17 @@ from pydantic import Field
 from ado_tasks import rng
 from ado_tasks.backend import mx, on_cpu
 from ado_tasks.config import config
+from ado_tasks.diffusion.grids import uniform_time
+from ado_tasks.diffusion.solvers import SOLVERS
 from ado_tasks.errors import HardwareError
 from ado_tasks.hardware.fingerprint import this_machine
 from ado_tasks.hardware.latency import Spread, interleaved, speedups
+from ado_tasks.hardware.steps import FEW, MANY, line
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Sampler
 from ado_tasks.storage import read_json, write_json
-from ado_tasks.variants import Variant, all_variants
+from ado_tasks.variants import Variant, all_variants, read_knots
 
 REFERENCE = "teacher-50"  # speed-ups are against it: same batch, device and precision
 
@@ -33,6 +37,7 @@ class MeasureConfig:
     rounds: Annotated[int, Field(ge=3)] = 3  # each variant once a round
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
     precision: Literal["float32"] = "float32"  # of weights and activations
+    step_batches: tuple[Annotated[int, Field(ge=1)], ...] = ()  # sizes that one step is timed at, for `ado choose`
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,11 @@ def measure(
     samplers = {id(v.model): Sampler(v.model, config.batch_size, config.shards) for v in variants}
     actions = {variant.name: _sampling(samplers[id(variant.model)], variant, start) for variant in variants}
     memory = {name: _peak_memory_mb(action) for name, action in actions.items()}
-    seconds = interleaved(actions, config.rounds, lambda done: report.progress(done, config.rounds))
+    rounds = config.rounds * (2 if config.step_batches else 1)
+    seconds = interleaved(actions, config.rounds, lambda done: report.progress(done, rounds))
+    steps = _steps(
+        config, _networks(variants, schedules), seed, lambda done: report.progress(config.rounds + done, rounds)
+    )
     gains = speedups(seconds, REFERENCE)
     entries = []
     for variant in variants:
@@ -92,10 +101,63 @@ def measure(
         report.metric(f"{variant.name}.latency_ms_per_image", entries[-1]["latency_ms_per_image"]["median"])
         report.metric(f"{variant.name}.speedup", gains[variant.name].median)
     write_json(
-        out, {"hardware": machine.as_plain(), "reference": REFERENCE, "rounds": config.rounds, "variants": entries}
-    )
+        out,
+        {
+            "hardware": machine.as_plain(), "reference": REFERENCE, "rounds": config.rounds, "variants": entries,
+            **({"steps": steps} if steps else {}),
+        },
+    )  # fmt: skip
     fastest = max(gains, key=lambda name: gains[name].median)
     return MeasureResult(fastest, gains[fastest].median)
+
+
+@dataclass
+class _Network:
+    """Variants whose networks cost the same: one configuration, whatever the weights."""
+
+    first: Variant
+    families: set[str]
+    solvers: set[str]
+
+
+def _networks(variants: list[Variant], schedules: Path) -> list[_Network]:
+    """Each configuration once, with the solvers that are used on it, those of learned schedules on the teacher's."""
+    found: dict[str, _Network] = {}
+    for variant in variants:
+        network = found.setdefault(repr(variant.model.unet.config), _Network(variant, set(), set()))
+        network.families.add(variant.family)
+        network.solvers.add(variant.method)
+    found[repr(variants[0].model.unet.config)].solvers.update(entry["solver"] for entry in read_knots(schedules))
+    return list(found.values())
+
+
+def _steps(
+    config: MeasureConfig, networks: list[_Network], seed: int, on_round: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """What one evaluation of a batch costs, by network, solver and batch size, all timed in turn."""
+    actions: dict[str, Callable[[], Any]] = {}
+    wanted = []
+    for number, network in enumerate(networks):
+        for batch in sorted(set(config.step_batches)):
+            sampler = Sampler(network.first.model, batch, config.shards)
+            start = _start(network.first, batch, seed)
+            for solver in sorted(network.solvers):
+                wanted.append((network, solver, batch, f"{number} {solver} {batch}"))
+                for nfe in (FEW, MANY):
+                    times = uniform_time(nfe)
+                    assert SOLVERS[solver].nfe(times) == nfe  # of one evaluation a step, as all that are chosen from
+                    actions[f"{wanted[-1][-1]} {nfe}"] = partial(sampler, start, solver, times)
+    seconds = interleaved(actions, config.rounds, on_round) if actions else {}
+    entries = []
+    for network, solver, batch, name in wanted:
+        fixed, step = line(seconds[f"{name} {FEW}"], seconds[f"{name} {MANY}"])
+        entries.append(
+            {
+                "families": sorted(network.families), "solver": solver, "batch": batch,
+                "precision": config.precision, "fixed_ms": asdict(fixed), "step_ms": asdict(step),
+            }
+        )  # fmt: skip
+    return entries
 
 
 def _start(variant: Variant, count: int, seed: int) -> Draw:

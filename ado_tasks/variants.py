@@ -16,7 +16,7 @@ from ado_tasks.models.weights import parameter_count
 from ado_tasks.storage import read_json
 
 TEACHER_STEPS = (50, 8, 4, 2, 1)  # DDIM: the reference, and what halving its steps costs without distillation
-MULTISTEP = ("ipndm", "dpmpp_2m")
+MULTISTEP = ("ipndm", "dpmpp_2m", "angle_ab2")
 BASELINE_GRIDS = ("uniform_time", "uniform_log_snr", "edm_rho")
 
 

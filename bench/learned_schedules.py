@@ -60,7 +60,7 @@ def line(solver: str, nfe: int, gradient: ld3.Gradient, on: tuple[ld3.Examples, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 6, 8, 10])
-    parser.add_argument("--solvers", nargs="+", default=["ddim", "ipndm", "dpmpp_2m"])
+    parser.add_argument("--solvers", nargs="+", default=["ddim", "ipndm", "dpmpp_2m", "angle_ab2"])
     options = parser.parse_args()
     on = (examples(48, 1), examples(48, 2), examples(2000, 3))
     gradient = ld3.Gradient(lambda _: MIXTURE, shards=1)

@@ -255,8 +255,8 @@ def test_what_is_not_allowed_is_refused_by_key(values, key):
 
 
 BOTH = CalibrateConfig(
-    nfe=(3,), solvers=("ddim", "ipndm", "dpmpp_2m"), learner=("fitted", "ld3"), samples=8, validation_samples=9,
-    points=13, max_solves=7, descent_evaluations=3 * 3 * 4 * 6, descent_batch=4,
+    nfe=(3,), solvers=("ddim", "ipndm", "dpmpp_2m", "angle_ab2"), learner=("fitted", "ld3"), samples=8,
+    validation_samples=9, points=13, max_solves=7, descent_evaluations=3 * 3 * 4 * 6, descent_batch=4,
 )  # fmt: skip
 
 
@@ -269,7 +269,7 @@ def both(model, dataset, tmp_path_factory) -> Path:
 
 def test_each_learner_is_a_candidate_and_says_what_it_was_chosen_on(both, model, dataset, tmp_path):
     index = json.loads((both / "index.json").read_text())
-    assert [entry["solver"] for entry in index["schedules"]] == ["ddim", "ipndm", "dpmpp_2m"]
+    assert [entry["solver"] for entry in index["schedules"]] == ["ddim", "ipndm", "dpmpp_2m", "angle_ab2"]
     for entry in index["schedules"]:
         assert {"fitted", "ld3", "gits"} < set(entry["candidates"])
         assert entry["method"] == min(entry["chosen_by"], key=entry["chosen_by"].get)
@@ -287,17 +287,28 @@ def test_each_learner_is_a_candidate_and_says_what_it_was_chosen_on(both, model,
 
 def test_what_each_schedule_cost_is_told_apart_from_the_reference(both, schedules):
     index = json.loads((both / "index.json").read_text())
-    assert set(index["cost"]) == {"reference", "ddim-3", "ipndm-3", "dpmpp_2m-3"}
+    assert set(index["cost"]) == {"reference", "ddim-3", "ipndm-3", "dpmpp_2m-3", "angle_ab2-3"}
     assert sum(index["cost"].values()) == index["evaluations"]
     assert index["cost"]["reference"] == (8 + 9 + 8) * 12
     descent = BOTH.descent_evaluations
     # 6 steps of descent are validated at the start and at the end; 2 starts, 3 grids and 4 candidates are tried once.
     fixed = descent + 3 * (2 * 8 + 2 * 8 + (3 + 4) * 9)
-    for name in ("ddim-3", "ipndm-3", "dpmpp_2m-3"):
+    for name in ("ddim-3", "ipndm-3", "dpmpp_2m-3", "angle_ab2-3"):
         assert 3 * 8 < index["cost"][name] - fixed <= 2 * 3 * 8 * BOTH.max_solves  # one or two fits
     plain = json.loads((schedules / "index.json").read_text())
     assert plain["cost"]["reference"] == (8 + 9) * 12
     assert sum(plain["cost"].values()) == plain["evaluations"]
+    assert plain["share_of_training"] is None  # of a teacher that was not trained here
+
+
+def test_costs_are_told_as_shares_of_the_teachers_training(model, dataset, tmp_path):
+    trained = read_model(model)
+    done = {"task": "train", "config": {"steps": 100, "batch_size": 16}}
+    write_model(tmp_path / "teacher", trained.unet, trained.scheduler_config, {"history": [done]})
+    config = CalibrateConfig(nfe=(2,), solvers=("ddim",), samples=8, validation_samples=8, points=13, max_solves=1)
+    calibrate(config, model=tmp_path / "teacher", dataset=dataset, out=tmp_path / "out", seed=1)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["share_of_training"] == {name: count / (3 * 100 * 16) for name, count in index["cost"].items()}
 
 
 def test_only_ld3_can_be_asked_for(model, dataset, tmp_path):

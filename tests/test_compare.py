@@ -85,6 +85,22 @@ def test_what_is_said_below_the_table() -> None:
     assert "brackets" not in said
 
 
+def test_what_was_spent_is_said_beside_what_was_asked() -> None:
+    compute = {
+        "training": 500_000, "distillation": {"progressive": 450_000, "guided": None},
+        "calibration": {"reference": 11_000, "ddim-4": 20_000, "ipndm-8": 40_000},
+    }  # fmt: skip
+    said = "\n".join(compare.closing_lines({**quality(), "compute": compute}, {}, Path("r")))
+    assert "calibration: at most 8.0 % of the teacher's training for a schedule (ipndm-8), and 2.2 % once" in said
+    assert "(asked on digits: 10 %)" in said
+    assert "distillation: progressive 0.90× the teacher's training, all stages together (asked on digits: 3×)" in said
+    assert "500,000 network evaluations" in said
+    for unknown in (None, compute | {"training": None}):  # a report of before, a teacher from elsewhere
+        said = "\n".join(compare.closing_lines({**quality(), "compute": unknown}, {}, Path("r")))
+        assert "calibration:" not in said
+        assert "distillation:" not in said.replace("progressive distillation", "")
+
+
 def test_reports_that_are_missing_say_what_makes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--reports", str(tmp_path / "none")]) == 4
     assert "none/evaluate.json: not there; `dvc repro` makes it" in capsys.readouterr().err

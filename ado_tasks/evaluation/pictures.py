@@ -17,6 +17,8 @@ LABELS = {
     "consistency": "tuned to consistency",
 }  # fmt: skip
 
+SOLVER_COLOURS = {"ddim": "#8a8f98", "ipndm": "#3274b5", "dpmpp_2m": "#c8452f", "angle_ab2": "#3a9d5d"}
+
 
 def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float) -> None:
     """KID − KID(teacher at 50 steps) with its interval, by evaluations an image; the margin as a band."""
@@ -53,8 +55,10 @@ def save_paired(path: Path, entries: Sequence[Mapping[str, Any]], calibration: S
     axes.set_ylabel("squared distance to the fine solution\n(same noise, a pixel)")
     _cost_axis(axes)
     axes = plain_axes(figure, (1, 2, 2))
-    for solver, colour in (("ddim", "#8a8f98"), ("ipndm", "#3274b5")):
+    for solver, colour in SOLVER_COLOURS.items():
         rows = sorted((row for row in calibration if row["solver"] == solver), key=lambda row: row["nfe"])
+        if not rows:
+            continue
         nfe = [row["nfe"] for row in rows]
         best = [row["baselines"][row["best_baseline"]]["value"] for row in rows]
         axes.plot(nfe, best, linestyle="--", marker="s", markersize=4, color=colour, label=f"{solver}, best usual grid")

@@ -33,6 +33,7 @@ from ado_tasks.diffusion.denoiser import Denoiser
 from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.diffusion.solvers import SOLVERS
 from ado_tasks.errors import ConfigError, DivergenceError
+from ado_tasks.optimise.cost import GRADIENT
 from ado_tasks.parallel import Batch, Parts
 
 Floats = npt.NDArray[np.float64]
@@ -46,7 +47,6 @@ ADAM_EPSILON = 1e-8
 SMALLEST_GAP = 1e-3  # of t: one training timestep of a thousand
 FIRST_GAP = 0.02  # of t, before the first knot where that is free; from 0 a logarithm could not start
 TINY = 1e-12  # of a squared distance: under a square root a derivative would be infinite at 0
-BACKWARD = 2  # forward passes that a backward pass counts as
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def learn(
             distance = validate(candidate)
             if distance < least:
                 kept, least = candidate, distance
-    made = settings.steps * min(settings.batch, len(examples.noise)) * family.steps * (1 + BACKWARD)
+    made = settings.steps * min(settings.batch, len(examples.noise)) * family.steps * GRADIENT
     return Learned(kept, least, made)
 
 

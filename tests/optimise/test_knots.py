@@ -45,7 +45,7 @@ def test_one_free_knot_is_where_a_search_finds_it():
     assert fit.times[0] == 1
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ipndm"])
+@pytest.mark.parametrize("solver", ["ddim", "ipndm", "angle_ab2"])
 @pytest.mark.parametrize("free_start", [False, True])
 def test_a_fit_improves_on_held_out_noise(solver, free_start):
     means = np.random.default_rng(0).uniform(-1, 1, (20, 3, 3, 1))
