@@ -314,6 +314,8 @@ def wanted_methods(bench: Bench, options: argparse.Namespace) -> Methods:
     found = methods_of(bench.params)
     if options.methods:
         found |= read_methods(read_params(options.methods), str(options.methods))
+    if TEACHER in found:
+        raise ConfigError(f"{options.methods}: {TEACHER!r} is not allowed as a name: it is the teacher's own row")
     if options.only:
         unknown = [name for name in options.only if name not in found]
         if unknown:
