@@ -69,6 +69,8 @@ class DistillConfig:
         given = {"stage_steps": self.stage_steps, "learning_rate": self.learning_rate}
         if self.matching:
             given |= {"matching.steps": self.matching.steps, "matching.learning_rate": self.matching.learning_rate}
+            if self.matching.adversarial:
+                given["matching.adversarial.weight"] = self.matching.adversarial.weight
         for name, values in given.items():
             if isinstance(values, tuple) and len(values) != len(self.student_steps):
                 raise ValueError(
@@ -87,6 +89,11 @@ class DistillConfig:
     def matching_steps_of(self, stage: int) -> int:
         """Steps of distribution matching after a stage."""
         return self.matching.steps[stage] if self.matching else 0
+
+    def adversarial_weight_of(self, stage: int) -> float:
+        """Weight of the adversarial term in a stage's matching; 0 where there is none."""
+        asked = self.matching.adversarial if self.matching else None
+        return _of_stage(asked.weight, stage) if asked else 0.0
 
     def total_steps(self) -> int:
         """Optimiser steps of everything."""
@@ -220,9 +227,9 @@ class Stage:
         matching = Matching(
             self.config.matching, self.interval, self.config.matching_steps_of(self.number),
             _of_stage(self.config.matching.learning_rate, self.number), self.schedule, self.kind,
-            self.seed, self.config.charbonnier,
+            self.seed, self.config.charbonnier, self.config.adversarial_weight_of(self.number),
         )  # fmt: skip
-        step = MatchingStep(matching, unet, student, before, first, self.config.clip, self.config.shards)
+        step = MatchingStep(matching, unet, student, before, first, self.config.clip, self.config.shards, part.shape)
         curve = self._repeat(
             step, f"match_{self.interval.student_steps}", matching.steps, lambda index: matching.batch(part, index),
             matching.learning_rate_at, checkpoints, report, self.config.steps_of(self.number),
@@ -303,9 +310,15 @@ class Stage:
 
 
 def _record(stored: StoredModel, config: DistillConfig, steps: int, seed: int) -> dict[str, Any]:
-    matched = config.matching_steps_of(config.student_steps.index(steps)) > 0
+    stage = config.student_steps.index(steps)
+    matched = config.matching_steps_of(stage) > 0
     method = "progressive, matching" if matched else "progressive"
-    done = {"task": "distill", "method": method, "steps": steps, "config": as_plain(config), "seed": seed}
+    if matched and config.adversarial_weight_of(stage):
+        method += ", adversarial"
+    settings = as_plain(config)
+    if config.matching and config.matching.adversarial is None:
+        del settings["matching"]["adversarial"]  # as records were before there was such a key
+    done = {"task": "distill", "method": method, "steps": steps, "config": settings, "seed": seed}
     return {
         "history": [*stored.record.get("history", []), done],
         "sampler": {"solver": "ddim", "steps": steps, "grid": "uniform_time"},

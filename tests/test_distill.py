@@ -12,6 +12,7 @@ from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import write_model
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.optimise.adversarial import AdversarialConfig
 from ado_tasks.optimise.matching import MatchingConfig
 from ado_tasks.optimise.progressive import Interval
 from ado_tasks.prepare import PrepareConfig, prepare
@@ -71,6 +72,51 @@ def test_each_stage_starts_from_its_first_step_and_has_losses_of_its_own(taught:
 def test_the_history_says_which_students_were_matched(taught: Path) -> None:
     said = {steps: read_json(taught / "often" / str(steps) / "ado.json")["history"][-1]["method"] for steps in STAGES}
     assert said == {4: "progressive", 2: "progressive, matching", 1: "progressive, matching"}
+
+
+def test_a_record_without_the_adversarial_term_is_as_it_was_before_there_was_one(taught: Path) -> None:
+    done = read_json(taught / "often" / "1" / "ado.json")["history"][-1]
+    assert list(done["config"]["matching"]) == [
+        "steps", "batch_size", "learning_rate", "critic_learning_rate", "regression", "lowest_time", "highest_time",
+        "average",
+    ]  # fmt: skip
+
+
+def test_the_adversarial_term_is_resumed_recorded_and_of_the_students_that_have_a_weight(taught: Path) -> None:
+    for name, every in (("pulled", 9), ("pulled, whole", 1000)):
+        config = DistillConfig(
+            teacher_steps=8, student_steps=STAGES, stage_steps=10, batch_size=32, checkpoint_every=every,
+            matching=MatchingConfig(
+                steps=(0, 20, 20), batch_size=16, adversarial=AdversarialConfig(weight=(0.0, 0.0, 0.1))
+            ),
+        )  # fmt: skip
+        options = {"teacher": taught / "teacher", "dataset": taught / "data", "scratch": taught / "scratch", "seed": 0}
+        if every == 9:
+            with pytest.raises(KeyboardInterrupt):
+                distill(config, **options, out=taught / name, report=Stop(64))
+        distill(config, **options, out=taught / name)
+    for steps in STAGES:
+        stopped, whole = weights(taught, "pulled", steps), weights(taught, "pulled, whole", steps)
+        for name, array in whole.items():
+            np.testing.assert_array_equal(stopped[name], array, err_msg=name)
+    done = {steps: read_json(taught / "pulled" / str(steps) / "ado.json")["history"][-1] for steps in STAGES}
+    assert done[2]["method"] == "progressive, matching"
+    assert done[1]["method"] == "progressive, matching, adversarial"
+    assert done[1]["config"]["matching"]["adversarial"] == {"weight": [0.0, 0.0, 0.1], "critic_weight": 0.1}
+
+
+class Stop:
+    """A reporter that stops the run where so many steps of all stages are done."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def progress(self, done: int, total: int, **_: float) -> None:
+        if done >= self.at:
+            raise KeyboardInterrupt
+
+    def metric(self, *_: object) -> None: ...
+    def picture(self, *_: object) -> None: ...
 
 
 def test_matching_is_told_for_each_student() -> None:

@@ -77,6 +77,20 @@ class UNet2D(nn.Module):
         Raises:
             ConfigError: x has a shape, or the class labels a presence, that this model has no place for.
         """
+        return self.with_middle(x, timestep, class_labels, dropout_key=dropout_key)[0]
+
+    def with_middle(
+        self,
+        x: mx.array,
+        timestep: mx.array,
+        class_labels: mx.array | None = None,
+        *,
+        dropout_key: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """What the network predicts, and its features where it is narrowest: (B, h, w, channels of the last level).
+
+        Arguments and errors as for a call. Nothing of the second half is computed where only the features are used.
+        """
         self._check(x, timestep, class_labels)
         x = x.astype(self.conv_in.weight.dtype)
         if self.config.center_input_sample:
@@ -84,14 +98,14 @@ class UNet2D(nn.Module):
         embedding = self._embedding(timestep, class_labels)
         activate = ACTIVATIONS[self.config.act_fn.lower()]
         condition = Condition(embedding, activate(embedding), DropoutKeys(dropout_key, self._dropouts))
-        hidden, painted = self._blocks(x, condition)
+        hidden, painted, middle = self._blocks(x, condition)
         y = self.conv_out(ops.silu(self.conv_norm_out(hidden)))
         if painted is not None:
             y = y + painted
         y = y.astype(mx.float32)
         if self.config.time_embedding_type == "fourier":
             y = y / timestep.astype(mx.float32)[:, None, None, None]
-        return y
+        return y, middle
 
     def _check(self, x: mx.array, timestep: mx.array, class_labels: mx.array | None) -> None:
         multiple = self.config.size_multiple
@@ -119,8 +133,8 @@ class UNet2D(nn.Module):
             return embedding + self.class_embedding(self.time_proj(class_labels))
         return embedding + self.class_embedding(class_labels)
 
-    def _blocks(self, x: mx.array, condition: Condition) -> tuple[mx.array, mx.array | None]:
-        """Down, middle and up. Returns the features and, from Skip blocks, the painted image."""
+    def _blocks(self, x: mx.array, condition: Condition) -> tuple[mx.array, mx.array | None, mx.array]:
+        """Down, middle and up. Returns the features, from Skip blocks the painted image, and the middle's features."""
         hidden, skip = self.conv_in(x), x
         states: tuple[mx.array | None, ...] = (hidden,)
         for block in self.down_blocks:
@@ -128,11 +142,11 @@ class UNet2D(nn.Module):
             states += more
         if "mid_block" in self:
             hidden = self.mid_block(hidden, condition)
-        painted = None
+        middle, painted = hidden, None
         for block, count in zip(self.up_blocks, self._taken, strict=True):
             hidden, painted = block(hidden, states[-count:], painted, condition)
             states = states[:-count]
-        return hidden, painted
+        return hidden, painted, middle
 
 
 def _time_projection(config: UNet2DConfig) -> tuple[nn.Module, int]:

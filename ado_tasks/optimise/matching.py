@@ -4,7 +4,8 @@ Yin et al. 2024a (DMD, arXiv:2311.18828): the gradient of KL(student's samples �
 scores at noised samples. One is the teacher's; the other a *critic*'s, a copy of the teacher that keeps learning to
 denoise what the student makes. A student that regresses on its teacher's pictures blurs those it cannot place; this
 mends that, in a small part of the training that regression takes. Two time-scales (a critic that learns faster than
-the student) instead of a large set of stored pairs: Yin et al. 2024b (DMD2, arXiv:2405.14867), §4.
+the student) instead of a large set of stored pairs: Yin et al. 2024b (DMD2, arXiv:2405.14867), §4. Real images may have
+a say too: see optimise/adversarial.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.models.unet import UNet2D
+from ado_tasks.optimise.adversarial import AdversarialConfig, head_loss, logits, new_head, student_slope
 from ado_tasks.optimise.batches import images_of_step, labels_of
 from ado_tasks.optimise.progressive import Interval, distillation_target, student_step
 from ado_tasks.optimise.steps import TrainStep
@@ -49,6 +51,7 @@ class MatchingConfig:
     lowest_time: Time = 0.02  # samples are noised to times between
     highest_time: Time = 0.98  # these (Yin et al. 2024a, §3.2)
     average: Annotated[float, Field(ge=0, lt=1)] = 0.95  # decay of the averaged weights, which are what is kept
+    adversarial: AdversarialConfig | None = None  # real images beside the teacher's score: see optimise/adversarial.py
 
 
 def matching_target(x: mx.array, teacher: mx.array, critic: mx.array) -> mx.array:
@@ -73,6 +76,7 @@ class Matching:
     kind: str
     seed: int
     charbonnier: float  # c of the regression's distance, as in the stage before; 0: squared
+    adversarial: float = 0.0  # weight of the term that looks at real images; 0: there is none
 
     def learning_rate_at(self, step: int) -> float:
         """Linear to 0."""
@@ -90,6 +94,11 @@ class Matching:
             drawn[f"{name}_time"] = mx.array(times.astype(np.float32))
             key = rng.key(self.seed, "match", n, f"{name} noise", step)
             drawn[f"{name}_noise"] = mx.random.normal((size, *part.shape), key=key)
+        if self.adversarial:
+            drawn["real"] = mx.array(part.batch(rows))  # of the same classes as the samples, one by one
+            drawn["real_noise"] = mx.random.normal(
+                (size, *part.shape), key=rng.key(self.seed, "match", n, "real noise", step)
+            )
         return {**drawn, **labels_of(part, rows)}
 
     # --- on arrays
@@ -103,6 +112,26 @@ class Matching:
             return net(z, timestep, *labels)
 
         return make_denoiser(apply, self.schedule, self.kind)
+
+    def judge(
+        self, net: UNet2D, weights: Tree, batch: Batch, times: mx.array
+    ) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+        """The critic with its head, {"net", "head"}: noisy images to x̂ and to the logit that they are real."""
+        labels = [batch["labels"]] if "labels" in batch else []
+
+        def judge(z: mx.array) -> tuple[mx.array, mx.array]:
+            middles = []
+
+            def apply(z: mx.array, timestep: mx.array) -> mx.array:
+                net.update(weights["net"])
+                output, middle = net.with_middle(z, timestep, *labels)
+                middles.append(middle)
+                return output
+
+            x_hat = make_denoiser(apply, self.schedule, self.kind)(z, times)
+            return x_hat, logits(weights["head"], middles[0])
+
+        return judge
 
     def noised(self, x: mx.array, times: mx.array, noise: mx.array) -> mx.array:
         """z_t = α_t x + σ_t ε."""
@@ -123,13 +152,28 @@ class Matching:
             z = student_step(student(z, times[i][:, 0]), z, times[i], self.schedule)
         x = student(z, times[0][:, 0])
         noisy = self.noised(x, batch["student_time"], batch["student_noise"])
-        by = {name: self.denoiser(net, weights[name], batch)(noisy, batch["student_time"])
-              for name in ("teacher", "critic")}  # fmt: skip
-        found = {"z": z, "t": times[0][:, 0], "sample": x, "target": matching_target(x, by["teacher"], by["critic"])}
+        teacher = self.denoiser(net, weights["teacher"], batch)(noisy, batch["student_time"])
+        if self.adversarial:
+            judge = self.judge(net, weights["critic"], batch, batch["student_time"])
+            critic, slope = student_slope(judge, noisy)
+        else:
+            critic, slope = self.denoiser(net, weights["critic"], batch)(noisy, batch["student_time"]), None
+        target = matching_target(x, teacher, critic)
+        if slope is not None:
+            target = target - self.adversarial_pull(slope, batch["student_time"])
+        found = {"z": z, "t": times[0][:, 0], "sample": x, "target": target}
         if self.config.regression:
             before = self.denoiser(net, weights["before"], batch)
             found["regression"] = distillation_target(before, z, times[0], self.schedule)
         return found
+
+    def adversarial_pull(self, slope: mx.array, times: mx.array) -> mx.array:
+        """How far the target moves, so that the student's loss has weight · softplus(−D) in it: (B, …) to (B, …).
+
+        By x the slope by z_t = α x + σ ε is α times as steep; the number of pixels undoes the mean over them.
+        """
+        alpha, _ = self.schedule.alpha_sigma(times)
+        return mx.stop_gradient(self.adversarial * slope[0].size * expand(alpha, slope) * slope)
 
     def student_loss(self, net: UNet2D) -> Callable[[Tree, Batch], mx.array]:
         """½‖x − target‖² and, weighted, the distance to what the stage's teacher makes: means over pixels."""
@@ -148,14 +192,23 @@ class Matching:
         return loss
 
     def critic_loss(self, net: UNet2D) -> Callable[[Tree, Batch], mx.array]:
-        """The teacher's own training loss, ‖v̂ − v‖², on the student's samples (Yin et al. 2024a, eq. 6)."""
+        """The teacher's own training loss, ‖v̂ − v‖², on the student's samples (Yin et al. 2024a, eq. 6).
+
+        With an adversarial term the head's loss beside it, on samples and real images at the same noise levels.
+        """
 
         def loss(weights: Tree, batch: Batch) -> mx.array:
             times = batch["critic_time"]
             noisy = self.noised(batch["sample"], times, batch["critic_noise"])
-            x_hat = self.denoiser(net, weights, batch)(noisy, times)
             weight = losses.v(self.schedule.log_snr(times))
-            return mx.mean(losses.weighted_squared_error(x_hat, batch["sample"], weight))
+            if not self.adversarial:
+                x_hat = self.denoiser(net, weights, batch)(noisy, times)
+                return mx.mean(losses.weighted_squared_error(x_hat, batch["sample"], weight))
+            assert self.config.adversarial is not None
+            judge = self.judge(net, weights, batch, times)
+            (x_hat, fake), (_, real) = judge(noisy), judge(self.noised(batch["real"], times, batch["real_noise"]))
+            told_apart = self.config.adversarial.critic_weight * head_loss(real, fake)
+            return mx.mean(losses.weighted_squared_error(x_hat, batch["sample"], weight) + told_apart)
 
         return loss
 
@@ -164,16 +217,21 @@ class MatchingStep:
     """One step of the student and one of its critic, as one step of `Loop`; the state of both is its state."""
 
     def __init__(
-        self, matching: Matching, net: UNet2D, student: Tree, before: Tree, teacher: Tree, clip: float, shards: int
-    ) -> None:
-        """From a student that regression has taught, the model that taught it, and the first teacher."""
+        self, matching: Matching, net: UNet2D, student: Tree, before: Tree, teacher: Tree, clip: float, shards: int,
+        shape: tuple[int, int, int],
+    ) -> None:  # fmt: skip
+        """From a student that regression has taught, the model that taught it, and the first teacher.
+
+        `shape`: of an image, (H, W, C).
+        """
         self._matching = matching
         # A network of its own for each function: what is compiled must not meet another's weights.
         nets = [UNet2D(net.config) for _ in range(3)]
         self._student = TrainStep(
             matching.student_loss(nets[0]), student, clip=clip, ema_decay=matching.config.average, shards=shards
         )
-        self._critic = TrainStep(matching.critic_loss(nets[1]), teacher, clip=clip, ema_decay=None, shards=shards)
+        critic = {"net": teacher, "head": new_head(net, shape)} if matching.adversarial else teacher
+        self._critic = TrainStep(matching.critic_loss(nets[1]), critic, clip=clip, ema_decay=None, shards=shards)
         self._held = {"teacher": teacher, "before": before}
         self._lesson = Parts(lambda weights, batch: matching.lesson(nets[2], weights, batch), shards)
         self._done = 0
@@ -186,7 +244,7 @@ class MatchingStep:
         labels = {"labels": batch["labels"]} if "labels" in batch else {}
         seen = {name: learned[name] for name in ("z", "t", "target", "regression") if name in learned}
         loss = self._student({**seen, **labels}, learning_rate)
-        noised = {name: batch[name] for name in ("critic_time", "critic_noise")}
+        noised = {name: batch[name] for name in ("critic_time", "critic_noise", "real", "real_noise") if name in batch}
         self._critic({"sample": learned["sample"], **noised, **labels}, self._critic_rate())
         self._done += 1
         return loss

@@ -1,5 +1,7 @@
 """Distribution matching against distributions whose scores are known in closed form."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.diffusion.solvers.ddim import ddim
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.optimise.adversarial import AdversarialConfig
 from ado_tasks.optimise.matching import Matching, MatchingConfig, MatchingStep, matching_target
 from ado_tasks.optimise.progressive import Interval
 
@@ -34,15 +37,17 @@ def network(seed: int) -> UNet2D:
     return net
 
 
-def matching(steps: int, **options) -> Matching:
-    config = MatchingConfig(steps=(6,), batch_size=SIZE, **options)
-    return Matching(config, Interval(steps, 2), 6, 1e-3, SCHEDULE, "v_prediction", 0, 0.03)
+def matching(steps: int, adversarial: float = 0.0, **options) -> Matching:
+    asked = AdversarialConfig(weight=adversarial, critic_weight=1.0) if adversarial else None
+    config = MatchingConfig(steps=(6,), batch_size=SIZE, adversarial=asked, **options)
+    return Matching(config, Interval(steps, 2), 6, 1e-3, SCHEDULE, "v_prediction", 0, 0.03, adversarial)
 
 
 def batch(seed: int = 0) -> dict[str, mx.array]:
     rng = np.random.default_rng(seed)
     drawn = {name: mx.array(rng.standard_normal((SIZE, 4, 4, 1)).astype(np.float32))
-             for name in ("noise", "student_noise", "critic_noise")}  # fmt: skip
+             for name in ("noise", "student_noise", "critic_noise", "real_noise")}  # fmt: skip
+    drawn["real"] = mx.array((0.8 + 0.1 * rng.standard_normal((SIZE, 4, 4, 1))).astype(np.float32))  # bright images
     times = {name: mx.array(rng.uniform(0.1, 0.9, SIZE).astype(np.float32)) for name in ("student_time", "critic_time")}
     return {**drawn, **times, "labels": mx.array(rng.integers(0, 3, SIZE).astype(np.int32))}
 
@@ -94,21 +99,22 @@ def test_the_lesson_is_about_what_the_student_itself_samples(steps: int) -> None
     np.testing.assert_allclose(found["regression"], expected, atol=2e-5)
 
 
-def step_of(shards: int = 1) -> MatchingStep:
+def step_of(shards: int = 1, adversarial: float = 0.0, **options) -> MatchingStep:
     start = [network(seed).parameters() for seed in range(3)]
-    return MatchingStep(matching(2), network(3), *start, 1.0, shards)
+    return MatchingStep(matching(2, adversarial, **options), network(3), *start, 1.0, shards, (4, 4, 1))
 
 
-def run(step: MatchingStep, first: int, last: int) -> MatchingStep:
+def run(step: MatchingStep, first: int, last: int, rate: float = 1e-3) -> MatchingStep:
     for index in range(first, last):
-        step(batch(index), 1e-3)
+        step(batch(index), rate)
     return step
 
 
-def test_a_run_that_stops_and_goes_on_ends_with_the_same_bytes() -> None:
-    unbroken = run(step_of(), 0, 6)
-    kept = {name: mx.array(np.array(array)) for name, array in run(step_of(), 0, 3).state.items()}
-    resumed = step_of()
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_a_run_that_stops_and_goes_on_ends_with_the_same_bytes(weight: float) -> None:
+    unbroken = run(step_of(1, weight), 0, 6)
+    kept = {name: mx.array(np.array(array)) for name, array in run(step_of(1, weight), 0, 3).state.items()}
+    resumed = step_of(1, weight)
     resumed.load(kept)
     run(resumed, 3, 6)
     for name, array in unbroken.state.items():
@@ -125,8 +131,58 @@ def test_student_and_critic_both_learn_and_the_teacher_does_not() -> None:
         np.testing.assert_array_equal(dict(mlx_utils.tree_flatten(step._held["teacher"]))[name], array)
 
 
-def test_parts_side_by_side_change_only_the_last_bits() -> None:
-    one, two = run(step_of(1), 0, 2), run(step_of(2), 0, 2)
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_parts_side_by_side_change_only_the_last_bits(weight: float) -> None:
+    one, two = run(step_of(1, weight), 0, 2), run(step_of(2, weight), 0, 2)
     np.testing.assert_allclose(
         np.array(one.state["student.parameters"]), np.array(two.state["student.parameters"]), atol=1e-5
     )
+
+
+def test_without_the_adversarial_term_real_images_change_nothing_and_no_head_is_kept() -> None:
+    told = batch()
+    seen = {name: array for name, array in told.items() if not name.startswith("real")}
+    with_images, without = step_of(), step_of()
+    with_images(told, 1e-3), without(seen, 1e-3)
+    for name, array in without.state.items():
+        np.testing.assert_array_equal(np.array(with_images.state[name]), np.array(array), err_msg=name)
+    extra = step_of(adversarial=0.3).state["critic.parameters"].size - without.state["critic.parameters"].size
+    assert extra == 4 * 4 * 8 + 1  # middle features, and a bias
+
+
+def test_the_head_learns_to_tell_real_images_and_samples_are_drawn_to_them() -> None:
+    """Student, teacher and critic are one network that knows nothing of bright images: only the head can tell."""
+    options, same, told = {"regression": 0.0, "average": 0.0}, network(0).parameters(), batch(100)
+    ends = []
+    for weight in (0.0, 10.0):
+        term = matching(2, weight, critic_learning_rate=0.01, **options)
+        step = run(MatchingStep(term, network(3), same, same, same, 1.0, 1, (4, 4, 1)), 0, 20, 3e-3)
+        denoise = make_denoiser(lambda z, t, s=step: _with(s)(z, t, told["labels"]), SCHEDULE, "v_prediction")
+        ends.append(float(np.array(ddim(denoise, told["noise"], np.array([1, 0.5, 0]), SCHEDULE)).mean()))
+    assert ends[0] < -0.5
+    assert -0.2 < ends[1] < 0.8
+
+
+def _with(step: MatchingStep) -> UNet2D:
+    net = network(0)
+    net.update(step.parameters())
+    return net
+
+
+def test_real_images_of_a_step_have_the_samples_labels_and_noise_of_their_own() -> None:
+    class Part:
+        shape, num_classes, labels = (4, 4, 1), 3, np.arange(30) % 3
+
+        def __len__(self) -> int:
+            return 30
+
+        def batch(self, rows: np.ndarray) -> np.ndarray:
+            return np.broadcast_to(self.labels[rows][:, None, None, None], (len(rows), 4, 4, 1)).astype(np.float32)
+
+    plain, found = (matching(1, weight).batch(Part(), 4) for weight in (0.0, 0.3))  # pyright: ignore[reportArgumentType]
+    assert set(found) - set(plain) == {"real", "real_noise"}
+    for name, array in plain.items():
+        np.testing.assert_array_equal(np.array(found[name]), np.array(array), err_msg=name)
+    np.testing.assert_array_equal(np.array(found["real"])[:, 0, 0, 0], np.array(found["labels"]))
+    noises = [np.array(found[f"{name}_noise"]) for name in ("real", "critic", "student")]
+    assert all(np.abs(one - other).min() > 0 for one, other in combinations(noises, 2))

@@ -1,0 +1,125 @@
+"""Ways to make students of few steps, what each costs in network evaluations, and how it is brought to a budget."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ado_tasks.config import parse, section
+from ado_tasks.distill import DistillConfig
+from ado_tasks.errors import ConfigError
+from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.optimise.consistency import ConsistencyConfig
+
+Section = DistillConfig | ConsistencyConfig
+STEPS = (2, 1)  # of the students that are compared
+HALF = 0.5  # of a network's cost lies before its middle features; what is behind them is not computed for the head
+CONSISTENCY = {  # where the workspace's params.yaml has none: that of params.consistency.yaml
+    "method": "consistency", "steps": 1200, "batch_size": 64, "learning_rate": 3.0e-3, "ema_decay": 0.99,
+    "level_mean": 0.0, "q": 8.0, "stages": 2, "student_steps": [2, 1],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """One distillation of a method."""
+
+    section: Section
+    share: float  # of the budget
+    start: int | None  # steps of the student of the part before that it begins with; None: as its teacher
+
+
+Methods = dict[str, tuple[Part, ...]]
+
+
+# --- what is compared
+
+
+def methods_of(params: Mapping[str, Any]) -> Methods:
+    """The five that are compared where nothing else is asked for, from the workspace's own settings."""
+    progressive = dict(section(params, "distill.progressive"))
+    matching = dict(progressive.pop("matching", None) or {})
+    adversarial = matching.pop("adversarial", None) or {}
+    if not matching:
+        raise ConfigError("distill.progressive.matching: the workspace's params.yaml has none to compare with")
+    tuned = dict(params["distill"].get("consistency", CONSISTENCY)) | {"student_steps": list(STEPS)}
+    return read_methods(
+        {
+            "progressive": progressive,
+            "+ matching": {**progressive, "matching": matching},
+            "+ matching, adversarial": {**progressive, "matching": {**matching, "adversarial": adversarial}},
+            "consistency": tuned,
+            "consistency of a student": [{**progressive, "share": 0.5}, {**tuned, "share": 0.5, "start": 1}],
+        },
+        "bench",
+    )
+
+
+def read_methods(values: Mapping[str, Any], where: str) -> Methods:
+    """Methods from plain values. Raises ConfigError where a section, a share or a start is not allowed."""
+    return {str(name): _parts(found, f"{where}: {name}") for name, found in values.items()}
+
+
+def _parts(found: Any, where: str) -> tuple[Part, ...]:
+    sections = found if isinstance(found, list) else [found]
+    parts: list[Part] = []
+    for each in sections:
+        if not isinstance(each, Mapping):
+            raise ConfigError(f"{where}: {each!r} is not allowed; a section, or a list of them")
+        settings = dict(each)
+        share, start = settings.pop("share", 1 / len(sections)), settings.pop("start", None)
+        before = parts[-1].section.student_steps if parts else ()
+        if start is not None and start not in before:
+            raise ConfigError(f"{where}.start: {start!r} is not allowed; a student of the section before: {before}")
+        parsed: Any = parse(Section, settings, where)  # pyright: ignore[reportArgumentType]: a union says the method
+        parts.append(Part(parsed, share, start))
+    if not all(isinstance(part.share, float) and 0 < part.share for part in parts):
+        raise ConfigError(f"{where}.share: {[part.share for part in parts]}; allowed: numbers above 0")
+    return tuple(parts)
+
+
+# --- what it costs
+
+
+def cost(config: Section) -> float:
+    """Network evaluations of a distillation, all stages; a backward pass is two."""
+    if isinstance(config, ConsistencyConfig):
+        # Two forward passes and a backward one; then each point is searched for with one more evaluation than the last.
+        searched = sum(config.search_levels * (k + 1) for k in range(1, max(config.student_steps)))
+        return 4.0 * config.steps * config.batch_size + searched * config.search_samples
+    total, before = 0.0, config.teacher_steps
+    for stage, steps in enumerate(config.student_steps):
+        total += config.steps_of(stage) * config.batch_size * (before // steps + 3)
+        if config.matching:
+            each = _matching_cost(config, steps, before // steps, config.adversarial_weight_of(stage) > 0)
+            total += config.matching_steps_of(stage) * config.matching.batch_size * each
+        before = steps
+    return total
+
+
+def _matching_cost(config: DistillConfig, steps: int, substeps: int, adversarial: bool) -> float:
+    """Evaluations a sample: sampled, seen by teacher and critic, held to its regression; then two that learn."""
+    assert config.matching is not None
+    plain = steps + 2 + (substeps if config.matching.regression else 0) + 3 + 3
+    return plain + (HALF * 2 + HALF * 3 if adversarial else 0)  # back to the sample; real images, forth and back
+
+
+def scaled(config: Section, budget: float) -> Section:
+    """The same with as many optimiser steps, in the same proportions, as the budget pays for."""
+    if isinstance(config, ConsistencyConfig):
+        fixed = cost(replace(config, steps=1)) - 4 * config.batch_size
+        return replace(config, steps=max(1, round((budget - fixed) / (4 * config.batch_size))))
+    factor = budget / cost(config)
+    stages = range(len(config.student_steps))
+    found = replace(config, stage_steps=tuple(max(1, round(factor * config.steps_of(stage))) for stage in stages))
+    if config.matching:
+        matched = tuple(round(factor * steps) for steps in config.matching.steps)
+        found = replace(found, matching=replace(config.matching, steps=matched))
+    return found
+
+
+def training_cost(teacher: Path) -> float:
+    """Evaluations that the teacher's own training took: a forward and a backward pass of every image."""
+    history = read_model(teacher).record["history"]
+    trained = next(done["config"] for done in history if done["task"] == "train")
+    return 3.0 * trained["steps"] * trained["batch_size"]
