@@ -24,7 +24,7 @@ from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.models.unet import UNet2D
-from ado_tasks.optimise.adversarial import AdversarialConfig, head_loss, logits, new_head, student_slope
+from ado_tasks.optimise.adversarial import AdversarialConfig, Judge, head_loss, logits, new_head, student_slope
 from ado_tasks.optimise.batches import images_of_step, labels_of
 from ado_tasks.optimise.progressive import Interval, distillation_target, student_step
 from ado_tasks.optimise.steps import TrainStep
@@ -113,9 +113,7 @@ class Matching:
 
         return make_denoiser(apply, self.schedule, self.kind)
 
-    def judge(
-        self, net: UNet2D, weights: Tree, batch: Batch, times: mx.array
-    ) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+    def judge(self, net: UNet2D, weights: Tree, batch: Batch, times: mx.array) -> Judge:
         """The critic with its head, {"net", "head"}: noisy images to x̂ and to the logit that they are real."""
         labels = [batch["labels"]] if "labels" in batch else []
 
