@@ -1,6 +1,6 @@
 """Parts of `evaluate` by themselves: what is chosen on the selection part, and what everything cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ class Part:
 
     shape: tuple[int, ...] = (4, 1, 1)
     num_classes: int = 0
+    groups: np.ndarray = field(default_factory=lambda: np.arange(len(REAL)))  # each image by itself
 
     def __len__(self) -> int:
         return len(REAL)

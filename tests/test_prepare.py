@@ -267,7 +267,7 @@ def test_too_little_or_too_much(tmp_path, config, match):
     [
         (
             {"source": "digits", "height": 8},
-            r"prepare\.height: the source 'digits' has no such key; .*: shapes, folder",
+            r"prepare\.height: the source 'digits' has no such key; .*: shapes, patches, folder",
         ),
         ({"source": "shapes", "count": 9, "height": 8, "width": 8, "resize": "crop"}, r"prepare\.resize: .*: folder"),
         ({"source": "shapes", "count": 90}, r"needs prepare\.count, prepare\.height and prepare\.width"),
