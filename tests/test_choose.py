@@ -122,3 +122,11 @@ def test_a_line_through_two_numbers_of_evaluations() -> None:
     fixed, step = line([0.013, 0.023, 0.033], [0.043, 0.053, 0.075], few=2, many=8)
     assert (step.median, step.min, step.max) == pytest.approx((5.0, 5.0, 7.0))
     assert (fixed.median, fixed.min, fixed.max) == pytest.approx((13.0, 3.0, 19.0))
+
+
+def test_a_line_below_zero_is_noise_and_goes_through_zero() -> None:
+    fixed, step = line([0.010], [0.070], few=2, many=8)  # the line itself: −10 + 10 n
+    assert fixed.median == 0.0
+    assert step.median == pytest.approx((2 * 10 + 8 * 70) / (2**2 + 8**2))
+    errors = [(2 * k - 10) ** 2 + (8 * k - 70) ** 2 for k in (0.99 * step.median, step.median, 1.01 * step.median)]
+    assert errors[1] == min(errors)

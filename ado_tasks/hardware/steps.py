@@ -14,7 +14,13 @@ FEW, MANY = 2, 8  # evaluations at the ends of the line: most uses lie between t
 
 
 def line(few_s: Sequence[float], many_s: Sequence[float], few: int = FEW, many: int = MANY) -> tuple[Spread, Spread]:
-    """(fixed, step) in ms, of seconds at `few` and at `many` evaluations in each round."""
+    """(fixed, step) in ms, of seconds at `few` and at `many` evaluations in each round.
+
+    No batch has a fixed part below 0: a round that says so is noise, and its line goes through 0 instead, by least
+    squares (what non-negative least squares makes of two points).
+    """
     first, last = 1e3 * np.asarray(few_s, np.float64), 1e3 * np.asarray(many_s, np.float64)
     step = (last - first) / (many - few)
-    return Spread.of((first - few * step).tolist()), Spread.of(step.tolist())
+    fixed = first - few * step
+    through_zero = (few * first + many * last) / (few**2 + many**2)
+    return Spread.of(np.maximum(fixed, 0.0).tolist()), Spread.of(np.where(fixed < 0, through_zero, step).tolist())
