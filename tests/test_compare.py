@@ -95,3 +95,11 @@ def test_where_nothing_fits_lines_are_longer_and_what_is_left_out_is_said(
     assert "+5.950 [+5.742, +6.158]" in said
     assert "…" not in said
     assert "left out, for the terminal is narrow: solver, paired ×10³, classes, ms/image (--markdown shows all)" in said
+
+
+def test_a_chain_that_ended_itself_says_so_beside_what_the_report_part_says() -> None:
+    said = compare.closing_lines(quality(), {}, Path("reports"))
+    assert not any("while it was trained" in line for line in said)
+    reason = "stops at 4 steps: at 2 steps KID − teacher upper end 0.03 ≥ margin 0.02"
+    said = compare.closing_lines({**quality(), "stopped": {"progressive": {"reason": reason}}}, {}, Path("reports"))
+    assert f"progressive, while it was trained (selection part): {reason}." in said
