@@ -147,6 +147,10 @@ def closing_lines(quality: dict[str, Any], cost: dict[str, Any], reports: Path) 
         "which was frozen before any student existed.",
         *_stops(quality["variants"], margin),
         *_spent(quality.get("compute")),
+        *(
+            f"{family}, while it was trained (selection part): {found['reason']}."
+            for family, found in quality.get("stopped", {}).items()
+        ),
         *_nearness(quality["variants"], quality.get("calibration", [])),
         *(["speed-up: the median over the rounds of `measure`; in brackets the least and the most."] if cost else []),
         f"chosen (on the selection part): {chosen}{gain}.",

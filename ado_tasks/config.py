@@ -147,3 +147,11 @@ def section(params: Mapping[str, Any], name: str, where: str = "params.yaml") ->
 def as_plain(settings: Any) -> dict[str, Any]:
     """A config as nested plain values (for records and checkpoint keys)."""
     return asdict(settings)
+
+
+def as_recorded(settings: Any, **unsaid: Any) -> dict[str, Any]:
+    """The same without each key that has its value in `unsaid`: what a record that lacks the key means.
+
+    For keys that came later: a model that one of them does not concern keeps its bytes.
+    """
+    return {name: value for name, value in as_plain(settings).items() if name not in unsaid or value != unsaid[name]}

@@ -11,13 +11,15 @@ from pydantic import Field, model_validator
 
 from ado_tasks import rng
 from ado_tasks.backend import mx
-from ado_tasks.config import as_plain, config
-from ado_tasks.datasets.shards import Split, open_dataset
+from ado_tasks.config import as_plain, as_recorded, config
+from ado_tasks.datasets.shards import Dataset, Split, open_dataset
 from ado_tasks.diffusion import losses
 from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.distillation.consistency import tune
+from ado_tasks.distillation.guided import fold
+from ado_tasks.distillation.stopping import Stopping
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model, write_model
 from ado_tasks.models.unet import UNet2D
@@ -25,6 +27,7 @@ from ado_tasks.optimise.batches import images_of_step, labels_of
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.consistency import ConsistencyConfig
 from ado_tasks.optimise.cost import distillation_passes
+from ado_tasks.optimise.guided import GuidedConfig
 from ado_tasks.optimise.loop import Curve, Loop, Step
 from ado_tasks.optimise.matching import Matching, MatchingConfig, MatchingStep
 from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
@@ -33,6 +36,7 @@ from ado_tasks.parallel import sharded_apply
 from ado_tasks.pictures import save_curves
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.storage import atomic_folder, sha256_tree, write_json
+from ado_tasks.variants import INDEX
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -56,6 +60,7 @@ class DistillConfig:
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
     checkpoint_every: Annotated[int, Field(ge=1)] = 250  # steps
     matching: MatchingConfig | None = None  # what each student learns after its stage: see optimise/matching.py
+    stop: Literal["never", "inferior"] = "never"  # inferior: no student follows one that is not as good as the teacher
 
     @model_validator(mode="after")
     def _stages_divide(self) -> Self:
@@ -110,10 +115,11 @@ class DistillResult:
 
     students: tuple[int, ...]  # steps of each
     final_loss: dict[int, float]  # mean of the last steps of each stage
+    guided_loss: float | None = None  # with `guided`, whose folders are of weights, not of steps
 
 
 def distill(
-    config: DistillConfig | ConsistencyConfig,
+    config: DistillConfig | ConsistencyConfig | GuidedConfig,
     *,
     teacher: Path,
     dataset: Path,
@@ -121,37 +127,56 @@ def distill(
     scratch: Path,
     seed: int,
     start: Path | None = None,
+    features: Path | None = None,
+    anchor: Path | None = None,
     report: Reporter = SILENT,
 ) -> DistillResult:
     """Make students of a teacher that need few steps, one Diffusers folder each. `method` says how.
 
-    `consistency`: tuning to consistency, Geng et al. 2024 (see distillation/consistency.py). Where nothing is said,
+    `consistency`: tuning to consistency, Geng et al. 2024 (see distillation/consistency.py). `guided`: classifier-free
+    guidance folded into one network, Meng et al. 2023: as many steps as before, half the evaluations, one folder for
+    each guidance weight, from which few steps are taught next (see distillation/guided.py). Where nothing is said,
     `progressive`: Salimans & Ho 2022, algorithm 2. Where `matching` says so, a student's samples are then brought to
-    the first teacher's distribution (Yin et al. 2024), and it is that student which teaches the next.
+    the first teacher's distribution (Yin et al. 2024), and it is that student which teaches the next. With
+    `stop: inferior` the chain ends at the first student that is not as good as the teacher on the selection part;
+    `out/index.json` then says where and why (see distillation/stopping.py).
 
     Args:
-        config: see DistillConfig and ConsistencyConfig.
+        config: see DistillConfig, ConsistencyConfig and GuidedConfig.
         teacher: a Diffusers folder. An `epsilon` network is refused: as α → 0 its x̂ is noise divided by zero.
         dataset: folder made by `prepare`; the train part is used.
         out: folder of the family; `out/<steps>/` is a student. It appears whole or not at all.
         scratch: checkpoints, of the step and of finished stages.
         seed: of the order of images, intervals and noises.
         start: with `consistency`, a Diffusers folder to begin with in the teacher's place, such as a student's.
+        features: with `stop: inferior`, folder made by `features`; otherwise not read.
+        anchor: with `stop: inferior`, folder made by `anchor` of this teacher: the margin; otherwise not read.
         report: where progress and losses go.
 
     Raises:
-        ConfigError: the teacher predicts ε, the dataset has other sizes or more classes than it, or `start` is given to
-            another method.
+        ConfigError: the teacher predicts ε, the dataset has other sizes or more classes than it, `start` is given to
+            another method, or `features` or `anchor` is missing where the chain is to stop itself.
         ArtifactError: the teacher or the dataset is damaged.
         DivergenceError: a loss is not finite.
     """
+    given: dict[str, Any] = {
+        "teacher": teacher, "dataset": dataset, "out": out, "scratch": scratch, "seed": seed, "report": report
+    }  # fmt: skip
     if isinstance(config, ConsistencyConfig):
-        curve = tune(
-            config, teacher=teacher, start=start, dataset=dataset, out=out, scratch=scratch, seed=seed, report=report
-        )
+        curve = tune(config, start=start, **given)
         return DistillResult(config.student_steps, dict.fromkeys(config.student_steps, curve[-1][1]))
     if start is not None:
-        raise ConfigError(f"--start {start}: progressive students begin as their teacher; allowed with: consistency")
+        raise ConfigError(f"--start {start}: other students begin as their teacher; allowed with: consistency")
+    if isinstance(config, GuidedConfig):
+        return DistillResult((), {}, fold(config, **given)[-1][1])
+    return _progressive(config, features=features, anchor=anchor, **given)
+
+
+def _progressive(
+    config: DistillConfig, *, teacher: Path, dataset: Path, out: Path, scratch: Path, seed: int, features: Path | None,
+    anchor: Path | None, report: Reporter,
+) -> DistillResult:  # fmt: skip
+    """A chain of students, each taught by the one before; see `distill`."""
     stored, data = read_model(teacher), open_dataset(dataset)
     kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))
     if kind == "epsilon":
@@ -160,6 +185,7 @@ def distill(
         )
     stored.unet.config.check_data(data.shape, data.num_classes, f"{teacher}/unet/config.json")
     schedule = schedule_from_diffusers(stored.scheduler_config)
+    stopping = _stopping(config, data, features, anchor, seed)
     key = run_key(__name__, as_plain(config), {"dataset": data.sha256, "teacher": sha256_tree(teacher)}, seed)
     part = data.split("train")
 
@@ -175,6 +201,8 @@ def distill(
             student, curve = stage.match(stored.unet, student, parameters, first, part, checkpoints, report)
             curves[f"{after} steps, matching"] = curve
         parameters = weights[after] = student
+        if stopping and not stopping.goes_on(stored, student, after, report):
+            break
 
     with atomic_folder(out) as folder:
         for steps, student in weights.items():
@@ -182,15 +210,29 @@ def distill(
             write_model(folder / str(steps), stored.unet, stored.scheduler_config, _record(stored, config, steps, seed))
         write_json(folder / "curves.json", curves)
         save_curves(folder / "distillation.png", curves, "distillation loss")
+        if stopping:
+            write_json(folder / INDEX, stopping.index(config.student_steps))
     report.picture("distillation", out / "distillation.png")
     spent = distillation_passes(_record(stored, config, list(weights)[-1], seed))
     report.metric("evaluations", spent.evaluations if spent else 0)
     for after in config.student_steps:
         Checkpoints.under(scratch, key + f"-{after}").clear()
         Checkpoints.under(scratch, key + f"-{after}-matched").clear()
-    return DistillResult(
-        config.student_steps, {steps: curves[f"{steps} steps"][-1][1] for steps in config.student_steps}
-    )
+    return DistillResult(tuple(weights), {steps: curves[f"{steps} steps"][-1][1] for steps in weights})
+
+
+def _stopping(
+    config: DistillConfig, data: Dataset, features: Path | None, anchor: Path | None, seed: int
+) -> Stopping | None:
+    """What students are held against, where the chain is to stop itself."""
+    if config.stop == "never":
+        return None
+    if features is None or anchor is None:
+        missing = " ".join(name for name, path in (("--features", features), ("--anchor", anchor)) if path is None)
+        raise ConfigError(
+            f"stop: inferior needs {missing}: the folders made by `features` and `anchor`, or stop: never"
+        )
+    return Stopping.read(data, features, anchor, seed)
 
 
 @dataclass(frozen=True)
@@ -315,7 +357,7 @@ def _record(stored: StoredModel, config: DistillConfig, steps: int, seed: int) -
     method = "progressive, matching" if matched else "progressive"
     if matched and config.adversarial_weight_of(stage):
         method += ", adversarial"
-    settings = as_plain(config)
+    settings = as_recorded(config, stop="never")
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key
     done = {"task": "distill", "method": method, "steps": steps, "config": settings, "seed": seed}

@@ -24,7 +24,7 @@ from ado_tasks.pictures import save_grid
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Images, Sampler, draw
 from ado_tasks.storage import atomic_files, load_arrays, read_json, write_json
-from ado_tasks.variants import Variant, all_variants, schedule_of
+from ado_tasks.variants import Variant, all_variants, family_index, schedule_of
 
 REPORT, SELECTION = "report", "selection"  # names of draws: nothing is ever chosen on the first
 # The solution that paired distances are taken to: nearer to the exact one (mean square 1.0e-6 a pixel on the
@@ -88,6 +88,7 @@ def evaluate(
     variants = all_variants(stored, students, schedules)
     for variant in variants:
         variant.model.unet.config.check_data(data.shape, data.num_classes, f"{variant.name}: unet/config.json")
+    stopped = {family.name: index for family in students if (index := family_index(family)) is not None}
     samplers = _Samplers(config)
     start = draw(seed, REPORT, config.n_generated, data.split("report"))
 
@@ -132,6 +133,7 @@ def evaluate(
         "chosen": chosen,
         "choice": reasons,
         "compute": _compute(stored, variants, schedules),
+        **({"stopped": stopped} if stopped else {}),  # chains that ended themselves, on the selection part
         "config": as_plain(config),
     }  # fmt: skip
     with atomic_files(out, last="evaluate.json") as folder:

@@ -12,10 +12,11 @@ from ado_tasks.datasets.shards import Split
 from ado_tasks.diffusion import denoiser
 from ado_tasks.diffusion.adaptive import AdaptiveSamples, StepControl, adaptive
 from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
+from ado_tasks.diffusion.guidance import guided_in_one_batch
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.diffusion.solvers import SOLVERS
-from ado_tasks.errors import DivergenceError
-from ado_tasks.interop.diffusers_folder import StoredModel
+from ado_tasks.errors import ConfigError, DivergenceError
+from ado_tasks.interop.diffusers_folder import NULL_LABEL, RECORD, StoredModel
 from ado_tasks.parallel import sharded_apply
 from ado_tasks.report import SILENT, Reporter
 
@@ -59,21 +60,45 @@ def draw(seed: int, purpose: str, count: int, part: Split) -> Draw:
     return Draw(np.array(noise), labels, rng.derive(seed, "draw", purpose, "solver"))
 
 
+def null_label_of(model: StoredModel) -> int:
+    """The label that stands for no class. Raises ConfigError where the model was trained without one."""
+    found = model.record.get(NULL_LABEL)
+    rows = model.unet.config.num_class_embeds or 0
+    if not isinstance(found, int) or not 0 <= found < rows:
+        raise ConfigError(
+            f"the model cannot be guided: its {RECORD} names {NULL_LABEL} {found!r} for {rows} classes; train it with "
+            "train.label_dropout above 0"
+        )
+    return found
+
+
 class Sampler:
     """A model made ready to sample from: compiled once for its batch shape, batches split over CPU streams."""
 
-    def __init__(self, model: StoredModel, batch_size: int = 256, shards: int = 2) -> None:
-        """`batch_size` images go through the network at a time; `shards` parts of it at the same time on a CPU."""
+    def __init__(
+        self, model: StoredModel, batch_size: int = 256, shards: int = 2, guidance: float | None = None
+    ) -> None:
+        """`batch_size` images go through the network at a time; `shards` parts of it at the same time on a CPU.
+
+        With a weight of `guidance` every step asks the network twice, with the class and without (see
+        diffusion/guidance.py). Raises ConfigError where the model does not know what no class is.
+        """
         self.schedule: NoiseSchedule = schedule_from_diffusers(model.scheduler_config)
         self.kind = str(model.scheduler_config.get("prediction_type", "epsilon"))
         self.batch_size = batch_size
         self._unet = model.unet
+        self._guidance, self._null_label = guidance, None if guidance is None else null_label_of(model)
         self._apply: Callable[..., mx.array] = sharded_apply(model.unet, shards)
 
     def denoiser(self, labels: mx.array | None) -> Denoiser:
         """The model as a denoiser, with these labels bound."""
+        if self._guidance is not None and self._null_label is not None and labels is not None:
+            return guided_in_one_batch(self._conditional, labels, self._null_label, self._guidance)
         bound = () if labels is None else (labels,)
         return make_denoiser(lambda z, timestep: self._apply(z, timestep, *bound), self.schedule, self.kind)
+
+    def _conditional(self, z: mx.array, t: mx.array, labels: mx.array) -> mx.array:
+        return make_denoiser(lambda z, timestep: self._apply(z, timestep, labels), self.schedule, self.kind)(z, t)
 
     def differentiable(self, labels: mx.array | None) -> Denoiser:
         """The same, neither compiled nor split: what gradients are taken of (and compiled there)."""

@@ -9,14 +9,16 @@ from pydantic import Field
 
 from ado_tasks import rng
 from ado_tasks.backend import mx
-from ado_tasks.config import as_plain, config
+from ado_tasks.config import as_plain, as_recorded, config
 from ado_tasks.datasets.shards import Dataset, Split, open_dataset
 from ado_tasks.diffusion import grids, losses
 from ado_tasks.diffusion.denoiser import make_denoiser
+from ado_tasks.diffusion.guidance import drop_labels
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.diffusion.solvers import ddim
-from ado_tasks.interop.diffusers_folder import write_model
+from ado_tasks.errors import ConfigError
+from ado_tasks.interop.diffusers_folder import NULL_LABEL, write_model
 from ado_tasks.models.initialise import initialise
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
@@ -51,6 +53,7 @@ class TrainConfig:
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"  # Diffusers' name
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"  # what the network predicts
     loss: Literal["v", "snr", "truncated_snr", "min_snr"] = "v"  # weight on ‖x̂ − x‖² (see diffusion/losses.py)
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # labels replaced by a null class: for guidance, 0.1
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
     validate_every: Annotated[int, Field(ge=1)] = 500  # steps
     checkpoint_every: Annotated[int, Field(ge=1)] = 500  # steps
@@ -85,8 +88,9 @@ def train(
     """
     data = open_dataset(dataset)
     part, held_out = data.split("train"), data.split("selection")
-    network = UNet2DConfig.from_dict(complete_model(config.model, data), where="params.yaml train.model")
-    network.check_data(data.shape, data.num_classes, "params.yaml train.model")
+    null_label = _null_label(config, data)
+    network = UNet2DConfig.from_dict(complete_model(config.model, data, null_label), where="params.yaml train.model")
+    network.check_data(data.shape, data.num_classes + (null_label is not None), "params.yaml train.model")
     unet = UNet2D(network)
     initialise(unet, rng.key(seed, "train", "initialise"))
     schedule = schedule_from_diffusers({"beta_schedule": config.beta_schedule})
@@ -98,7 +102,9 @@ def train(
     loop = Loop(
         name="train",
         steps=config.steps,
-        batch_of=lambda index: _training_batch(part, config.batch_size, seed, index, unet.config.dropout),
+        batch_of=lambda index: _without_some_labels(
+            _training_batch(part, config.batch_size, seed, index, unet.config.dropout), config, null_label, seed, index
+        ),
         learning_rate_of=lambda index: learning_rate_at(config, index),
         checkpoints=checkpoints,
         checkpoint_every=config.checkpoint_every,
@@ -111,8 +117,12 @@ def train(
     unet.update(step.averaged_parameters())
     with atomic_folder(out) as folder:
         record = {
-            "history": [{"task": "train", "config": as_plain(config), "seed": seed, "dataset_sha256": data.sha256}]
-        }
+            "history": [
+                {"task": "train", "config": as_recorded(config, label_dropout=0.0), "seed": seed,
+                 "dataset_sha256": data.sha256}
+            ],
+            **({} if null_label is None else {NULL_LABEL: null_label}),
+        }  # fmt: skip
         write_model(folder, unet, schedule.to_diffusers(config.prediction_type), record)
         write_json(folder / "curves.json", curves)
         save_curves(folder / "training.png", curves, "weighted squared error")
@@ -128,14 +138,32 @@ def train(
     )
 
 
-def complete_model(model: dict[str, Any], data: Dataset) -> dict[str, Any]:
-    """The U-Net's config with what the dataset decides: size, channels, classes."""
+def complete_model(model: dict[str, Any], data: Dataset, null_label: int | None = None) -> dict[str, Any]:
+    """The U-Net's config with what the dataset decides: size, channels, classes and, behind them, the null class."""
     height, width, channels = data.shape
     sizes: dict[str, Any] = {"sample_size": height if height == width else [height, width]}
     sizes |= {"in_channels": channels, "out_channels": channels}
     if data.num_classes:
-        sizes["num_class_embeds"] = data.num_classes
+        sizes["num_class_embeds"] = data.num_classes if null_label is None else null_label + 1
     return {**sizes, **model}
+
+
+def _null_label(config: TrainConfig, data: Dataset) -> int | None:
+    """The label in the place of dropped ones: the row behind the classes of the table; None where none is dropped."""
+    if not config.label_dropout:
+        return None
+    if not data.num_classes:
+        raise ConfigError(f"label_dropout: {config.label_dropout}: the dataset has no labels to drop; allowed: 0")
+    return data.num_classes
+
+
+def _without_some_labels(
+    batch: dict[str, mx.array], config: TrainConfig, null_label: int | None, seed: int, step: int
+) -> dict[str, mx.array]:
+    if null_label is None:
+        return batch
+    key = rng.key(seed, "label dropout", step)
+    return {**batch, "labels": drop_labels(batch["labels"], null_label, key, config.label_dropout)}
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:

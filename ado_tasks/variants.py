@@ -18,6 +18,7 @@ from ado_tasks.storage import read_json
 TEACHER_STEPS = (50, 8, 4, 2, 1)  # DDIM: the reference, and what halving its steps costs without distillation
 MULTISTEP = ("ipndm", "dpmpp_2m", "angle_ab2")
 BASELINE_GRIDS = ("uniform_time", "uniform_log_snr", "edm_rho")
+INDEX = "index.json"  # of a family whose chain ended itself: which students there are, where it stopped, and why
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,24 @@ def teacher_variants(teacher: StoredModel, steps: tuple[int, ...] = TEACHER_STEP
 
 
 def student_variants(family: Path) -> list[Variant]:
-    """The students in a family's folder, most steps first. Raises ArtifactError where there are none."""
+    """The students in a family's folder, most steps first.
+
+    Raises:
+        ArtifactError: there are none, or not those that its index says.
+    """
     steps = sorted((int(path.name) for path in family.glob("*") if path.name.isdigit()), reverse=True)
     if not steps:
         raise ArtifactError(f"{family}: no student in it; folders named by their number of steps are expected")
+    index = family_index(family)
+    if index is not None and index["students"] != steps:
+        raise ArtifactError(f"{family}: has students of {steps} steps, its {INDEX} says {index['students']}")
     return [student_variant(family / str(n)) for n in steps]
+
+
+def family_index(family: Path) -> dict[str, Any] | None:
+    """What a family whose chain ended itself says of that; None of any other. Raises ArtifactError where damaged."""
+    path = family / INDEX
+    return read_json(path, "students", "steps", "failed", "reason", "margin") if path.exists() else None
 
 
 def student_variant(folder: Path) -> Variant:

@@ -116,11 +116,12 @@ def test_help_says_what_options_and_keys_are(capsys: pytest.CaptureFixture[str],
     with pytest.raises(SystemExit):
         main(["distill", "--help"])
     text = capsys.readouterr().out
-    assert "--dataset DATASET  folder made by `prepare`; the train part is used." in text
+    assert "--dataset DATASET folder made by `prepare`; the train part is used." in " ".join(text.split())
     assert "(default: .ado/scratch/SECTION)" in text
     assert "Args:" not in text
     assert "method: progressive (the default)" in text
-    assert "method: consistency\n" in text
+    assert "method: consistency\n" in text and "method: guided\n" in text
+    assert "stop: never | inferior, default never" in text
     assert "    batch_size: int ≥ 1, default 64     images a step\n" in text
     assert "        average: float ≥ 0 and < 1, default 0.95" in text  # of matching
     assert "seed, at the top of the params file: of the order of images" in text

@@ -129,3 +129,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     os.close(writing)
     assert done.stderr == ""
     assert done.returncode in {1, 128 + signal.SIGPIPE}  # 1 where it was the table that found no reader: rich says so
+
+
+def test_a_chain_that_ended_itself_says_so_beside_what_the_report_part_says() -> None:
+    said = compare.closing_lines(quality(), {}, Path("reports"))
+    assert not any("while it was trained" in line for line in said)
+    reason = "stops at 4 steps: at 2 steps KID − teacher upper end 0.03 ≥ margin 0.02"
+    said = compare.closing_lines({**quality(), "stopped": {"progressive": {"reason": reason}}}, {}, Path("reports"))
+    assert f"progressive, while it was trained (selection part): {reason}." in said

@@ -27,6 +27,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 RECORD = "ado.json"
 WEIGHTS = "diffusion_pytorch_model"  # Diffusers' WEIGHTS_NAME without its ending
 SUMS = "sha256"  # key of ado.json; the rest of that file is the record
+NULL_LABEL = "null_label"  # key of the record: the label that stands for no class, where some were dropped in training
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ import math
 import numpy as np
 
 from ado_tasks.backend import mx, nn
+from ado_tasks.errors import ConfigError
 from ado_tasks.models import ops
 from ado_tasks.models.layers import Embedding, Linear
 
+WEIGHT_OCTAVES = 2  # x̂ is affine in w (diffusion/guidance.py): nothing quicker than a period of the range is wanted
 LONGEST_PERIOD = 10_000  # Vaswani et al. 2017, section 3.5; Diffusers' max_period
 
 
@@ -68,3 +70,29 @@ class TimestepEmbedding(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(B, in) to (B, width), in the type of the weights."""
         return self.linear_2(ops.silu(self.linear_1(x.astype(self.linear_1.weight.dtype))))
+
+
+class WeightEmbedding(nn.Module):
+    """What a guidance weight adds to the embedding of a timestep (Meng et al. 2023, §3.1: Fourier features of w).
+
+    Features u, sin(2ᵏ π u), cos(2ᵏ π u), k < WEIGHT_OCTAVES, of u = (w − low)/(high − low); then linear, SiLU, linear.
+    The last layer begins as zeros: a network begins as it was without.
+    """
+
+    def __init__(self, width: int, low: float, high: float) -> None:
+        """`width` of the embedding that it is added to; weights from `low` to `high`."""
+        super().__init__()
+        self.low, self.high = low, high
+        self._angles = math.pi * 2.0 ** mx.arange(WEIGHT_OCTAVES)
+        self.layers = TimestepEmbedding(1 + 2 * WEIGHT_OCTAVES, width)
+
+    def __call__(self, weight: mx.array) -> mx.array:
+        """(B,) to (B, width)."""
+        share = ((weight.astype(mx.float32) - self.low) / (self.high - self.low))[:, None]
+        return self.layers(mx.concatenate([share, mx.sin(share * self._angles), mx.cos(share * self._angles)], axis=-1))
+
+    def at(self, weight: float) -> mx.array:
+        """e(w) of one weight, (width,). Raises ConfigError outside of low to high: it would be a guess."""
+        if not self.low <= weight <= self.high:
+            raise ConfigError(f"guidance weight: {weight} is not allowed: {self.low:g} to {self.high:g}")
+        return self(mx.array([weight]))[0]

@@ -61,6 +61,7 @@ class UNet2D(nn.Module):
         class_labels: mx.array | None = None,
         *,
         dropout_key: mx.array | None = None,
+        added: mx.array | None = None,
     ) -> mx.array:
         """Predict.
 
@@ -70,6 +71,7 @@ class UNet2D(nn.Module):
             class_labels: (B,) integers, where the model has classes. With class_embed_type "timestep" they are read as
                 timesteps; with "identity" they are embeddings (B, embedding_width).
             dropout_key: where dropout masks are drawn from; without one nothing is dropped.
+            added: (B, embedding_width), a further condition: added to the embedding of timestep and class.
 
         Returns:
             (B, H, W, out_channels) float32, whatever the type of the weights.
@@ -77,7 +79,7 @@ class UNet2D(nn.Module):
         Raises:
             ConfigError: x has a shape, or the class labels a presence, that this model has no place for.
         """
-        return self.with_middle(x, timestep, class_labels, dropout_key=dropout_key)[0]
+        return self.with_middle(x, timestep, class_labels, dropout_key=dropout_key, added=added)[0]
 
     def with_middle(
         self,
@@ -86,6 +88,7 @@ class UNet2D(nn.Module):
         class_labels: mx.array | None = None,
         *,
         dropout_key: mx.array | None = None,
+        added: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """What the network predicts, and its features where it is narrowest: (B, h, w, channels of the last level).
 
@@ -96,6 +99,8 @@ class UNet2D(nn.Module):
         if self.config.center_input_sample:
             x = 2 * x - 1
         embedding = self._embedding(timestep, class_labels)
+        if added is not None:
+            embedding = embedding + added.astype(embedding.dtype)
         activate = ACTIVATIONS[self.config.act_fn.lower()]
         condition = Condition(embedding, activate(embedding), DropoutKeys(dropout_key, self._dropouts))
         hidden, painted, middle = self._blocks(x, condition)
