@@ -15,9 +15,9 @@ from pydantic import Field
 
 from ado_tasks.config import config, parse, read_params
 from ado_tasks.errors import ArtifactError
-from ado_tasks.gate import named_report_errors
 from ado_tasks.optimise.choice import LIMITS, TOLERANCE, Budget, Choice, StepCost, Way, at_every_batch, choose
 from ado_tasks.storage import read_json, write_json
+from ado_tasks.verdict import named_report_errors
 
 SECTION = "choose"
 TEACHER = "teacher"  # the family whose network learned schedules run on

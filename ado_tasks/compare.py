@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ado_tasks.errors import ArtifactError, ConfigError
-from ado_tasks.gate import named_report_errors
 from ado_tasks.metrics.memorisation import NO_COPYING
 from ado_tasks.optimise.stages import stages_of, stopping_point
 from ado_tasks.storage import read_json
+from ado_tasks.verdict import named_report_errors
 
 WIDTH = 150  # characters, where no terminal says: all columns in full
 CALIBRATION_SHARE, DISTILLATION_RATIO = 0.10, 3.0  # of the teacher's training, at most, on digits: issue 4's bars

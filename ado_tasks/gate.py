@@ -6,9 +6,8 @@ it: it reads the reports, has both models sampled from one noise (`ado_tasks.reg
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +16,8 @@ from pydantic import Field
 from ado_tasks.config import config, parse, read_params
 from ado_tasks.errors import ArtifactError, StatisticsError
 from ado_tasks.storage import write_json
+from ado_tasks.verdict import VERDICT, Check, Figures, Verdict, as_text, named_report_errors
 
-Figures = Mapping[str, Any]
-VERDICT = "verdict.json"
 REFERENCE = "teacher-50"  # what students are held against, and what is measured beside them
 
 
@@ -37,30 +35,6 @@ class GatePolicy:
     # Of a first champion, which no other model is held against; null asks for nothing.
     max_first_fd_over_floor: Annotated[float | None, Field(gt=0)] = 1.0  # the teacher's; see `_first`
     min_first_class_accuracy: Annotated[float | None, Field(ge=0, le=1)] = 0.9  # the variant's, where there are labels
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the verdict's table."""
-
-    name: str
-    found: str  # the challenger's figure
-    required: str  # what it was held against
-    passed: bool | None  # None: nothing to hold it against, so it decides nothing
-    reason: str  # the line as a sentence
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the gate says."""
-
-    approved: bool
-    reasons: list[str]  # why not, each with both figures; where approved, what was held
-    table: list[Check] = field(default_factory=list)
-
-    def as_plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return asdict(self)
 
 
 def gate(challenger: Figures, champion: Figures | None, policy: GatePolicy) -> Verdict:
@@ -296,28 +270,6 @@ def _limit(name: str, found: float | None, limit: float | None, direction: _Dire
     return Check(name, shown, required, passed, reason)
 
 
-@contextmanager
-def named_report_errors(what: str) -> Iterator[None]:
-    """Turn what a report of another shape raises when it is read into an ArtifactError that names it."""
-    try:
-        yield
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as problem:
-        raise ArtifactError(
-            f"{what}: not what this version writes ({type(problem).__name__}: {problem}); made by another, or damaged"
-        ) from problem
-
-
-def checked_verdict(verdict: Figures, where: str) -> Figures:
-    """A stored verdict, if it is one. Raises ArtifactError: what is not exactly true or false decides nothing."""
-    kinds = {"approved": bool, "variant": str, "model_sha256": str, "reasons": list, "figures": dict}
-    for key, kind in kinds.items():
-        if key in verdict and not isinstance(verdict[key], kind):
-            raise ArtifactError(f"{where}: {key} is {verdict[key]!r}; a {kind.__name__} is required")
-    if not verdict.get("reasons"):
-        raise ArtifactError(f"{where}: has no reasons; made by another tool, or damaged")
-    return verdict
-
-
 def decide(
     workspace: Path, *, mlflow_uri: str, store_url: str, model: str, params: Path | None = None,
     variant: str | None = None,
@@ -361,27 +313,6 @@ def decide(
     }
     write_json(place.reports / VERDICT, result)
     return result
-
-
-def as_text(verdict: Figures) -> str:
-    """A verdict as a Markdown table with its reasons: for a terminal, a log, a form."""
-    marks = {True: "yes", False: "NO", None: "–"}
-    against = "the teacher at 50 steps" if verdict["champion"] is None else f"champion {verdict['champion']}"
-    lines = [
-        f"{verdict['variant']} beside {against}: {'approved' if verdict['approved'] else 'REFUSED'}",
-        "",
-        "| check | found | required | passed |",
-        "|---|---|---|---|",
-        *(f"| {c['name']} | {c['found']} | {c['required']} | {marks[c['passed']]} |" for c in verdict["table"]),
-        "",
-        *(f"- {reason}" for reason in verdict["reasons"]),
-    ]
-    return "\n".join(lines)
-
-
-def question(verdict: Figures) -> str:
-    """What a person is asked where the gate approves."""
-    return "Make this the first champion?" if verdict["champion"] is None else "Replace the champion?"
 
 
 def main(arguments: Sequence[str]) -> int:

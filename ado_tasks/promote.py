@@ -11,7 +11,6 @@ from typing import Any
 
 from ado_tasks.endpoints import endpoints
 from ado_tasks.errors import PromotionError
-from ado_tasks.gate import VERDICT, checked_verdict
 from ado_tasks.interop.package import package_sha256
 from ado_tasks.registry.aliases import reconcile
 from ado_tasks.registry.client import connect, named_registry_errors
@@ -19,6 +18,7 @@ from ado_tasks.registry.record import Event, Record, Version, update_record
 from ado_tasks.registry.versions import fetch_package
 from ado_tasks.storage import read_json
 from ado_tasks.stores import open_store
+from ado_tasks.verdict import VERDICT, checked_verdict
 
 ACTION = "promote"
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from ado_tasks.endpoints import endpoints
 from ado_tasks.errors import ArtifactError, PromotionError
-from ado_tasks.gate import VERDICT, checked_verdict, named_report_errors
 from ado_tasks.interop.package import Package, write_package
 from ado_tasks.registry.aliases import reconcile
 from ado_tasks.registry.client import connect, experiment_id, named_registry_errors
@@ -21,6 +20,7 @@ from ado_tasks.registry.versions import COST_TAG, VARIANT_TAG, Registration, mak
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.storage import read_json
 from ado_tasks.stores import Store, open_store
+from ado_tasks.verdict import VERDICT, checked_verdict, named_report_errors
 
 _DVC_TAGS = ("data", "features", "models", "schedules", "reports", "anchor")  # folders whose outputs are worth a tag
 

@@ -95,8 +95,8 @@ def commit_lock(run_id: str, ti: Any) -> str:
 @task.short_circuit(ignore_downstream_trigger_rules=False, doc_md="Is the challenger better? The log has the table.")
 def gate(revision: str, ti: Any) -> bool:
     """Judge the challenger; a refusal skips what follows."""
-    from ado_tasks.gate import as_text, question
     from ado_tasks.orchestration import effects, tables
+    from ado_tasks.verdict import as_text, question
 
     with airflow_tasks.named_failures():
         verdict = effects.judge(

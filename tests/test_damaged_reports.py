@@ -7,9 +7,9 @@ import pytest
 
 from ado_tasks.__main__ import main
 from ado_tasks.errors import ArtifactError, StorageError
-from ado_tasks.gate import checked_verdict
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.stores import FolderStore
+from ado_tasks.verdict import checked_verdict
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 
 from ado_tasks.config import parse
 from ado_tasks.errors import ArtifactError, ConfigError, StatisticsError
-from ado_tasks.gate import GatePolicy, as_text, challenger_figures, gate, question
+from ado_tasks.gate import GatePolicy, challenger_figures, gate
+from ado_tasks.verdict import as_text, question
 
 MARGIN = 0.02
 Figures = dict[str, Any]
