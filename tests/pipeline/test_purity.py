@@ -47,7 +47,8 @@ train:
   checkpoint_every: 10
 anchor: {n_generated: 100, steps: 6, coarse_steps: 1, batch_size: 50}
 distill:
-  progressive: {teacher_steps: 2, student_steps: [1], stage_steps: 10, batch_size: 16, checkpoint_every: 5}
+  progressive: {teacher_steps: 4, student_steps: [2, 1], stage_steps: 10, batch_size: 16, checkpoint_every: 5,
+                stop: inferior}
   consistency: {method: consistency, steps: 10, batch_size: 16, warmup_steps: 2, checkpoint_every: 5,
                 search_samples: 50, search_levels: 2}
 calibrate:
