@@ -138,6 +138,26 @@ def test_the_demos_default_by_hand() -> None:
     assert NOTHING.evaluations == 0
 
 
+def test_an_adversarial_term_goes_through_half_of_the_critic_three_times_more() -> None:
+    config = {
+        "teacher_steps": 4, "student_steps": [2, 1], "stage_steps": [1, 1], "batch_size": 2,
+        "matching": {"steps": [0, 5], "batch_size": 8, "regression": 0.05},
+    }  # fmt: skip
+    plain = progressive_passes(config, 1).evaluations
+    for weight in (0.1, [0.0, 0.1]):
+        matching = {**config["matching"], "adversarial": {"weight": weight}}
+        more = progressive_passes({**config, "matching": matching}, 1).evaluations - plain
+        assert more == 5 * 8 * (2 + 1 + 2) / 2
+    done = {"task": "distill", "method": "progressive, matching, adversarial", "steps": 1, "config": config}
+    found = distillation_passes({"history": [done]})
+    assert found is not None and found.evaluations == plain
+
+
+def test_folding_guidance_asks_the_teacher_twice() -> None:
+    done = {"task": "distill", "method": "guided", "weight": 2.0, "config": {"steps": 10, "batch_size": 4}}
+    assert distillation_passes({"history": [done]}) == Passes(3 * 40, 40)
+
+
 def test_what_is_not_known_is_said_to_be_unknown() -> None:
     assert training_passes({}) is None
     assert distillation_passes({"history": [{"task": "distill", "method": "something new"}]}) is None
