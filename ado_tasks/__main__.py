@@ -45,6 +45,7 @@ EDGE_COMMANDS = {
     "promote": "make a registered version the champion",
     "rollback": "return to the former champion, with a reason",
     "monitor": "sample the champion anew and say whether it still does what it was promoted for",
+    "settings": "what to run a network with on a machine, and why",
     "sync": "upload recorded runs to MLflow",
 }
 

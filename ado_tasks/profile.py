@@ -1,4 +1,4 @@
-"""Task `profile`: which machine this is. What is measured depends on it, so another machine measures anew."""
+"""Task `profile`: which machine this is and, where asked, what it can do. Another machine measures anew."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,8 @@ from ado_tasks.config import config
 from ado_tasks.hardware.fingerprint import check_target
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.storage import write_json
+
+HARDWARE, ROOFLINE = "hardware.json", "roofline.png"
 
 
 @config
@@ -29,12 +31,18 @@ class ProfileResult:
     chip: str  # its processor
 
 
-def profile(config: ProfileConfig, *, out: Path, report: Reporter = SILENT) -> ProfileResult:
+def profile(
+    config: ProfileConfig, *, out: Path, measured: Path | None = None, report: Reporter = SILENT
+) -> ProfileResult:
     """Write the machine's fingerprint. A measured task: its output is this machine's, and equal on each run here.
+
+    With `measured`, a machine that is not in that folder yet is measured, in under a minute: products, convolutions and
+    attention by shape and precision, bandwidth, memory.
 
     Args:
         config: see ProfileConfig.
         out: the JSON file.
+        measured: folder of measured machines: <id>/hardware.json and <id>/roofline.png; delete one to measure it anew.
         report: where figures go.
 
     Raises:
@@ -42,4 +50,17 @@ def profile(config: ProfileConfig, *, out: Path, report: Reporter = SILENT) -> P
     """
     machine = check_target(config.target)
     write_json(out, machine.as_plain())
+    if measured is not None and not (measured / machine.identity / HARDWARE).exists():
+        _measure(measured / machine.identity, report)
     return ProfileResult(machine.identity, machine.chip)
+
+
+def _measure(folder: Path, report: Reporter) -> None:
+    """Networks and pictures are imported here: a fingerprint alone takes no time."""
+    from ado_tasks.fit.probes import measure_capability  # noqa: PLC0415
+    from ado_tasks.fit.roofline import save_roofline  # noqa: PLC0415
+
+    capability = measure_capability(report)
+    save_roofline(folder / ROOFLINE, capability)
+    report.picture("roofline", folder / ROOFLINE)
+    write_json(folder / HARDWARE, capability.as_plain())  # last: it says that the folder is complete

@@ -1,0 +1,101 @@
+"""Command `settings`: what to run a network with on a machine, and why."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ado_tasks.config import read_params, section
+from ado_tasks.errors import ConfigError, HardwareError
+from ado_tasks.fit.settings import OVERRIDES, Settings, choose_settings
+from ado_tasks.hardware.capability import Capability, apple_chip, apple_chips, read_capability
+from ado_tasks.hardware.fingerprint import this_machine
+from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.storage import read_json
+
+MEASURED = Path(".ado/hardware")  # where `ado profile --measured` is told to keep machines
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the settings, each with its reason; as JSON with --json."""
+    options = _parser().parse_args(arguments)
+    machine = _machine(options)
+    config = _network(options)
+    overrides = dict(_override(text) for text in options.set)
+    size = (options.size, options.size) if options.size else None
+    found = choose_settings(machine, config, wanted_batch=options.batch, size=size, overrides=overrides)
+    print(json.dumps(asdict(found), indent=2, ensure_ascii=False) if options.json else table(machine, found))
+    return 0
+
+
+def table(machine: Capability, found: Settings) -> str:
+    """One line a setting: name, value, reason."""
+    marked = " (published figures, not measured)" if machine.predicted else ""
+    lines = [f"{machine.chip}, {machine.memory_gib:g} GiB, {machine.device}{marked}"]
+    plain = asdict(found)
+    reasons = {"accumulation": "steps that make up the batch asked for", **found.reasons}
+    reasons["attention_training"] = reasons["attention_sampling"] = reasons.pop("attention", "")
+    reasons |= {"budget_gib": "to plan with", "training_gib": "predicted peak", "sampling_gib": "predicted peak"}
+    for name, value in plain.items():
+        if name != "reasons":
+            shown = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+            lines.append(f"  {name:<19} {shown:<9} {reasons.get(name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ado settings", description=__doc__)
+    parser.add_argument(
+        "--model", type=Path, help="Diffusers folder of the network (default: the params file's train.model)"
+    )
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: %(default)s)")
+    parser.add_argument("--size", type=int, help="height and width in pixels (default: the network's own)")
+    parser.add_argument(
+        "--batch", type=int, default=64, help="images an optimiser step is to see (default: %(default)s)"
+    )
+    parser.add_argument("--hardware", type=Path, help=f"hardware.json (default: this machine's in {MEASURED})")
+    parser.add_argument("--chip", help=f"a chip by its published figures instead: {', '.join(apple_chips())}")
+    parser.add_argument("--memory", type=int, help="of that chip, in GB (default: the least it is sold with)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override: {', '.join(OVERRIDES)}"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _machine(options: argparse.Namespace) -> Capability:
+    if options.chip:
+        return apple_chip(options.chip, options.memory)
+    path = options.hardware or MEASURED / this_machine().identity / "hardware.json"
+    if not path.exists():
+        raise HardwareError(
+            f"{path}: not measured yet; allowed: `ado profile --section hardware --out reports/profile.json "
+            f"--measured {MEASURED}` first, or --chip, or --hardware"
+        )
+    return read_capability(path)
+
+
+def _network(options: argparse.Namespace) -> UNet2DConfig:
+    if options.model:
+        return UNet2DConfig.from_dict(read_json(options.model / "unet" / "config.json"), str(options.model))
+    values = dict(section(read_params(options.params), "train.model", str(options.params)))
+    if options.size is None and "sample_size" not in values:
+        raise ConfigError(f"--size: none, and {options.params} train.model has no sample_size; allowed: pixels a side")
+    return UNet2DConfig.from_dict(values, f"{options.params}: train.model")
+
+
+def _override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: allowed: KEY=VALUE with a key of {', '.join(OVERRIDES)}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

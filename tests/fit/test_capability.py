@@ -1,0 +1,68 @@
+"""A machine's figures: written and read again, published ones checked, and what a measurement holds."""
+
+import pytest
+
+from ado_tasks.errors import HardwareError
+from ado_tasks.fit import probes
+from ado_tasks.fit.roofline import save_roofline
+from ado_tasks.hardware.capability import RECORDED, Capability, apple_chip, apple_chips, read_capability
+from ado_tasks.storage import write_json
+
+
+def test_published_chips_are_whole_and_sourced() -> None:
+    chips = apple_chips()
+    families = [f"Apple M{number}{kind}" for number in range(1, 6) for kind in ("", " Pro", " Max")]
+    assert set(families) | {"Apple M1 Ultra", "Apple M2 Ultra", "Apple M3 Ultra"} == set(chips)
+    for name, chip in chips.items():
+        assert chip["sources"] and all(url.startswith("https://") for url in chip["sources"])
+        per_core = chip["fp32_tflops"] / chip["gpu_cores"]
+        assert 0.3 < per_core < 0.6, f"{name}: 128 units a core at 1.3 to 1.8 GHz give 0.33 to 0.46, not {per_core:.2f}"
+        assert apple_chip(name).predicted and apple_chip(name).unified
+    for number in range(1, 6):
+        small, large = chips[f"Apple M{number}"], chips[f"Apple M{number} Max"]
+        assert large["bandwidth_gb_s"] > 3 * small["bandwidth_gb_s"]
+
+
+def test_a_chip_that_is_not_sold_is_refused() -> None:
+    with pytest.raises(HardwareError, match=r"Apple M9.*allowed: Apple M1"):
+        apple_chip("Apple M9")
+    with pytest.raises(HardwareError, match="Apple M2: 64 GB; allowed: 8, 16, 24"):
+        apple_chip("Apple M2", 64)
+
+
+def test_there_and_back(tmp_path) -> None:
+    for path in sorted(RECORDED.glob("*.json")):
+        found = read_capability(path)
+        write_json(tmp_path / path.name, found.as_plain())
+        assert read_capability(tmp_path / path.name) == found
+    with pytest.raises(HardwareError, match="device: 'tpu'; allowed: cpu, metal, cuda"):
+        Capability.from_plain({**found.as_plain(), "device": "tpu"})
+    with pytest.raises(HardwareError, match="colour"):
+        Capability.from_plain({**found.as_plain(), "colour": "red"})
+
+
+def test_a_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """With the smallest shapes: every kind and precision; rates agree with times, the peak with the probes."""
+    monkeypatch.setattr(probes, "PRODUCTS", (16, 32))
+    monkeypatch.setattr(probes, "CONVOLUTIONS", ((1, 4, 8),))
+    monkeypatch.setattr(probes, "ATTENTIONS", ((1, 2, 16, 8),))
+    monkeypatch.setattr(probes, "COPIES", (1024,))
+    monkeypatch.setattr(probes, "SPENT_S", 0.001)
+    found = probes.measure_capability()
+    assert len(found.probes) == 3 * (2 + 1 + 1) + 1
+    for probe in found.probes:
+        if probe.kind == "matmul":
+            n = probe.shape[0]
+            assert probe.gflops == pytest.approx(2 * n**3 / probe.milliseconds / 1e6, rel=0.05, abs=0.02)
+    assert found.peak_gflops["float32"] == max(p.gflops for p in found.probes if p.precision == "float32")
+    assert found.bandwidth_gb_s > 0 and found.memory_gib > 0 and found.overhead_us > 0 and not found.predicted
+    save_roofline(tmp_path / "roofline.png", found)
+    assert (tmp_path / "roofline.png").stat().st_size > 5000
+
+
+def test_larger_shapes_are_left_out_where_they_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "PRODUCTS", (16, 4096))
+    monkeypatch.setattr(probes, "LONGEST_S", 1e-9)
+    monkeypatch.setattr(probes, "SPENT_S", 0.001)
+    cases = ("float32", [probes._product(n) for n in probes.PRODUCTS])
+    assert [probe.shape[0] for probe in probes._timed(cases)] == [16]
