@@ -119,7 +119,7 @@ def test_memory_counts_what_it_should() -> None:
     blocks = needed(unet_work(LARGE, 8, (128, 128)), replace(plan, attention_training="chunked")).training
     scores = 4 * sum(op.scores for op in unet_work(LARGE, 8))
     assert needed(unet_work(LARGE, 8), plan).training - fused > scores
-    assert blocks < needed(unet_work(LARGE, 8, (128, 128)), plan).training / 3
+    assert blocks < needed(unet_work(LARGE, 8, (128, 128)), plan).training / 2
     assert needed(unet_work(LARGE, 8), replace(plan, checkpointing=True)).training < 0.6 * fused
 
 
