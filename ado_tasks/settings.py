@@ -10,7 +10,9 @@ from typing import Any
 
 from ado_tasks.config import read_params, section
 from ado_tasks.errors import ConfigError, HardwareError
+from ado_tasks.fit.cost import CostModel, predict
 from ado_tasks.fit.settings import OVERRIDES, Settings, choose_settings
+from ado_tasks.fit.work import unet_work
 from ado_tasks.hardware.capability import Capability, apple_chip, apple_chips, read_capability
 from ado_tasks.hardware.fingerprint import this_machine
 from ado_tasks.models.unet_config import UNet2DConfig
@@ -27,7 +29,13 @@ def main(arguments: Sequence[str]) -> int:
     overrides = dict(_override(text) for text in options.set)
     size = (options.size, options.size) if options.size else None
     found = choose_settings(machine, config, wanted_batch=options.batch, size=size, overrides=overrides)
-    print(json.dumps(asdict(found), indent=2, ensure_ascii=False) if options.json else table(machine, found))
+    plain, text = asdict(found), table(machine, found)
+    if options.cost:
+        model = CostModel.from_plain(read_json(options.cost, "model")["model"], str(options.cost))
+        of_pass = predict(model, unet_work(config, found.batch, size), machine)
+        plain["pass"] = asdict(of_pass)
+        text += f"\n  {'pass_ms':<19} {of_pass.milliseconds:<9.1f} predicted for {found.batch} images; {of_pass.error}"
+    print(json.dumps(plain, indent=2, ensure_ascii=False) if options.json else text)
     return 0
 
 
@@ -59,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hardware", type=Path, help=f"hardware.json (default: this machine's in {MEASURED})")
     parser.add_argument("--chip", help=f"a chip by its published figures instead: {', '.join(apple_chips())}")
     parser.add_argument("--memory", type=int, help="of that chip, in GB (default: the least it is sold with)")
+    parser.add_argument("--cost", type=Path, help="report of bench/cost_model.py: predict the time of a pass as well")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override: {', '.join(OVERRIDES)}"
     )

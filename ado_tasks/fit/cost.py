@@ -43,6 +43,17 @@ class CostModel:
         """As JSON holds it."""
         return asdict(self)
 
+    @staticmethod
+    def from_plain(plain: dict[str, Any], where: str) -> "CostModel":
+        """Back from JSON. Raises HardwareError where keys are missing or unknown."""
+        try:
+            found = CostModel(**plain)
+        except TypeError as problem:
+            raise HardwareError(f"{where}: {problem}") from None
+        if set(found.factors) != set(KINDS):
+            raise HardwareError(f"{where}.factors: {', '.join(found.factors)}; allowed: {', '.join(KINDS)}")
+        return found
+
 
 @dataclass(frozen=True)
 class Prediction:

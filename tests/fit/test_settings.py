@@ -1,16 +1,19 @@
 """Settings on five recorded machines, and what must hold on any: the plan fits, less memory never means more batch."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from ado_tasks import settings as command
 from ado_tasks.errors import ConfigError, HardwareError
+from ado_tasks.fit.cost import CostModel
 from ado_tasks.fit.memory import Plan, needed
 from ado_tasks.fit.settings import HEADROOM, MEMORY_SIZES, choose_settings, memory_budget, smallest_memory
-from ado_tasks.fit.work import unet_work
+from ado_tasks.fit.work import KINDS, unet_work
 from ado_tasks.hardware.capability import GIB, RECORDED, Capability, apple_chip, read_capability
 from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.storage import write_json
 
 LARGE = UNet2DConfig.from_dict(
     {
@@ -131,6 +134,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     assert command.main([*given, "--size", "16", "--set", "batch=8"]) == 0
     said = capsys.readouterr().out
     assert "Apple M2, 16 GiB, metal (published figures, not measured)" in said and "as asked for" in said
+    cost = CostModel("float32", dict.fromkeys(KINDS, 2.0), 10.0, 9, 0.1, 0.3, "a" * 16)
+    write_json(tmp_path / "cost.json", {"model": cost.as_plain()})
+    assert command.main([*given, "--size", "16", "--cost", str(tmp_path / "cost.json"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["pass"]
+    assert told["predicted"] and told["error"].startswith("not measured on Apple M2") and told["milliseconds"] > 0
     with pytest.raises(ConfigError, match="--size: none"):
         command.main(given)
     with pytest.raises(ConfigError, match="KEY=VALUE"):
