@@ -1,11 +1,11 @@
 """Predicted against measured peak memory of training and sampling: MLX's own count, several networks and batches.
 
-    python bench/memory_model.py             # 12 networks, two batches each, about 2 minutes
+    python bench/memory_model.py             # 6 networks, two batches each, about a minute
     python bench/memory_model.py --count 4   # fewer
 
-Prints measured over predicted for each, and fits the factors of `ado_tasks/fit/memory.py` anew (least squares on
-relative errors). Fails where a measured peak exceeds the predicted one by more than a third, or the median error
-exceeds 20 %.
+Prints measured over predicted for each. Fails where a measured peak exceeds the predicted one by more than a third, or
+the median error exceeds 20 %. The networks are not those that the model's numbers were
+read off.
 """
 
 import argparse
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from ado_tasks import rng
 from ado_tasks.backend import mx
 from ado_tasks.fit.calibration import drawn_configs
-from ado_tasks.fit.memory import FLOAT32, SLACK, Plan, activations, needed
+from ado_tasks.fit.memory import FLOAT32, Plan, activations, needed
 from ado_tasks.fit.probes import device_kind
 from ado_tasks.fit.work import parameters, unet_work
 from ado_tasks.hardware.fingerprint import this_machine
@@ -68,7 +67,8 @@ def measured(config: UNet2DConfig, batch: int, side: int, shards: int) -> tuple[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=12, help="networks")
+    parser.add_argument("--count", type=int, default=6, help="networks")
+    parser.add_argument("--skip", type=int, default=7, help="networks of the same draw that are left out before them")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--side", type=int, default=16)
     parser.add_argument("--shards", type=int, default=2)
@@ -77,7 +77,7 @@ def main() -> int:
     device = device_kind()
     plan = Plan(device, "float32", "whole", "whole", checkpointing=False, shards=arguments.shards)
     rows: list[dict[str, float]] = []
-    for config in drawn_configs(0, "memory", arguments.count, arguments.side):
+    for config in drawn_configs(0, "memory", arguments.skip + arguments.count, arguments.side)[arguments.skip :]:
         for batch in arguments.batches:
             gc.collect()
             mx.clear_cache()
@@ -91,20 +91,13 @@ def main() -> int:
                 "training_ratio": training / predicted.training, "sampling_ratio": sampling / predicted.sampling,
             })  # fmt: skip
             print({name: round(value, 2) for name, value in rows[-1].items()}, flush=True)
-    p, k, w, train, sample = (
-        np.array([row[name] for row in rows])
-        for name in ("parameters_mib", "kept_mib", "passing_mib", "training_mib", "sampling_mib")
-    )
-    fit_training = nnls(np.stack([p, k], axis=1) / train[:, None], 1 - w / train)[0]
-    fit_sampling = nnls((k / sample)[:, None], 1 - p / sample)[0]
     ratios = {name: np.array([row[f"{name}_ratio"] for row in rows]) for name in ("training", "sampling")}
     errors = {
         name: {"median": float(np.median(abs(1 / each - 1))), "least": float(each.min()), "most": float(each.max())}
         for name, each in ratios.items()
     }
-    fitted = {"step_vectors": fit_training[0], "kept": fit_training[1], "made": fit_sampling[0]}
-    print("measured over predicted:", json.dumps(errors), "\nfitted here:", fitted, "\nin use:", SLACK[device])
-    report = {"hardware": this_machine().as_plain(), "rows": rows, "errors": errors, "fitted": fitted}
+    print("measured over predicted:", json.dumps(errors))
+    report = {"hardware": this_machine().as_plain(), "rows": rows, "errors": errors}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     return 1 if any(each["most"] > EXCESS or each["median"] > MEDIAN for each in errors.values()) else 0

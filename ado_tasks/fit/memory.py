@@ -1,11 +1,12 @@
 """How much memory training and sampling need at their peak, counted from a network's layers.
 
-    training = bytes of the optimiser's vectors + f · (what the gradient keeps) + the largest passing array
-    sampling = parameters + g · (what one pass makes)
+    training = max(5.5 · parameters + f · kept + 1.5 · passing, 11.5 · parameters)
+    sampling = parameters + 3.5 · passing
 
-The vectors are parameters, Adam's two moments, the average, the gradient, and the new ones beside the old while a step
-is taken. f and g stand for what the count cannot know: MLX hands out operations ahead of those that run, and holds what
-they will write to; both are fitted to measurements (`bench/memory_model.py`).
+At the end of the forward pass the optimiser's four vectors, the network's copy and a part of the gradient live beside
+all that is kept for the gradient; at the end of a step the new vectors live beside the old. `passing` is the largest
+array that only one layer needs (a matrix of patches, attention's scores): MLX hands out operations ahead of those that
+run, so several live at once. The numbers were read off six measurements and hold for others (`bench/memory_model.py`).
 """
 
 from collections.abc import Sequence
@@ -17,25 +18,16 @@ from ado_tasks.models.attention_choice import Form
 from ado_tasks.models.chunked_attention import KEYS, QUERIES
 
 FLOAT32 = 4
-STEADY = 4  # vectors of parameters that live between steps: parameters, first and second moment, average
 ACTIVE = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of an activation
 BLOCK_ARRAYS = 8  # arrays of a block's size that attention in blocks has at once
 
 
-@dataclass(frozen=True)
-class Slack:
-    """Factors on what is counted; measured on the CPU (2026-11-26), for accelerators taken over and not verified."""
-
-    kept: float  # f
-    made: float  # g
-    step_vectors: float  # vectors of parameters at the peak of a step, those that live between steps included
-
-
-SLACK: dict[Device, Slack] = {
-    "cpu": Slack(kept=1.3, made=0.75, step_vectors=8.0),
-    "metal": Slack(kept=1.3, made=0.75, step_vectors=8.0),
-    "cuda": Slack(kept=1.3, made=0.75, step_vectors=8.0),
-}
+# Vectors of parameters that live beside what is kept, and at the end of a step.
+BESIDE_KEPT, AFTER_STEP = 5.5, 11.5
+PASSING_TRAINING, PASSING_SAMPLING = 1.5, 3.5  # arrays of the size of `passing` at once
+# f. Forms of `cpu_ops` keep what is counted. MLX's own gradient of norm and SiLU keeps five arrays where those keep
+# three; for accelerators this is counted, not measured.
+KEPT: dict[Device, float] = {"cpu": 1.0, "metal": 5 / 3, "cuda": 5 / 3}
 
 
 @dataclass(frozen=True)
@@ -60,13 +52,14 @@ class Needed:
 
 def needed(work: Sequence[Op], plan: Plan) -> Needed:
     """For the whole batch that `work` is of."""
-    slack, size = SLACK[plan.device], ACTIVE[plan.precision]
+    size = ACTIVE[plan.precision]
     parameters = FLOAT32 * sum(op.weights for op in work)
     kept, passing = activations(work, plan.attention_training, plan.checkpointing)
-    made, _ = activations(work, plan.attention_sampling, checkpointing=False)
+    _, at_once = activations(work, plan.attention_sampling, checkpointing=False)
     copies = parameters / 2 if plan.precision != "float32" else 0.0  # of the parameters, in half precision
-    training = slack.step_vectors * parameters + copies + size * (slack.kept * kept + passing)
-    return Needed(training, parameters + copies + size * slack.made * made)
+    beside = BESIDE_KEPT * parameters + copies + size * (KEPT[plan.device] * kept + PASSING_TRAINING * passing)
+    sampling = parameters + copies + size * PASSING_SAMPLING * at_once
+    return Needed(max(beside, AFTER_STEP * parameters + copies), sampling)
 
 
 def activations(work: Sequence[Op], form: Form | None, checkpointing: bool) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from ado_tasks.errors import HardwareError
 from ado_tasks.fit import probes
 from ado_tasks.fit.roofline import save_roofline
 from ado_tasks.hardware.capability import RECORDED, Capability, apple_chip, apple_chips, read_capability
+from ado_tasks.profile import HARDWARE, ROOFLINE, ProfileConfig, profile
 from ado_tasks.storage import write_json
 
 
@@ -58,6 +59,19 @@ def test_a_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     assert found.bandwidth_gb_s > 0 and found.memory_gib > 0 and found.overhead_us > 0 and not found.predicted
     save_roofline(tmp_path / "roofline.png", found)
     assert (tmp_path / "roofline.png").stat().st_size > 5000
+
+
+def test_a_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """In a folder of its fingerprint; without the option it is not measured at all."""
+    asked: list[int] = []
+    monkeypatch.setattr(probes, "measure_capability", lambda report: asked.append(1) or apple_chip("Apple M1"))
+    out, measured = tmp_path / "profile.json", tmp_path / "machines"
+    profile(ProfileConfig(), out=out)
+    assert not asked
+    for _ in range(2):
+        result = profile(ProfileConfig(), out=out, measured=measured)
+    assert len(asked) == 1 and {path.name for path in (measured / result.id).iterdir()} == {HARDWARE, ROOFLINE}
+    assert read_capability(measured / result.id / HARDWARE).chip == "Apple M1"
 
 
 def test_larger_shapes_are_left_out_where_they_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
