@@ -181,7 +181,7 @@ def _fitted(
                 return batch, tried
     least = bytes_of(batches[-1], replace(plan, checkpointing=kinds[-1]))
     enough = smallest_memory(machine, least)
-    would_do = f"{enough} GiB would do" if enough else f"no machine of up to {MEMORY_SIZES[-1]} GiB would do"
+    would_do = f"{enough} GiB" if enough else f"none of up to {MEMORY_SIZES[-1]} GiB"
     raise HardwareError(
         f"{machine.chip}, {machine.memory_gib:g} GiB: training with a batch of {batches[-1]} needs "
         f"{least / GIB:.2f} GiB, the budget is {budget:.2f} GiB; the smallest that would do: {would_do}"
