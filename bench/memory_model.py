@@ -84,7 +84,7 @@ def main() -> int:
             training, sampling = measured(config, batch, arguments.side, arguments.shards)
             work = unet_work(config, batch)
             predicted = needed(work, plan)
-            kept, passing = activations(work, "whole", checkpointing=False)
+            kept, passing = activations(work, "whole", checkpointing=False, cpu=device == "cpu")
             rows.append({
                 "batch": batch, "parameters_mib": FLOAT32 * parameters(work) / MIB, "kept_mib": FLOAT32 * kept / MIB,
                 "passing_mib": FLOAT32 * passing / MIB, "training_mib": training / MIB, "sampling_mib": sampling / MIB,

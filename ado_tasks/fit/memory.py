@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from ado_tasks.fit.work import Op
 from ado_tasks.hardware.capability import Device, Precision
-from ado_tasks.models.attention_choice import Form
-from ado_tasks.models.chunked_attention import KEYS, QUERIES
+from ado_tasks.models.attention_choice import Form, block_sizes
 
 FLOAT32 = 4
 ACTIVE = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of an activation
@@ -54,19 +53,20 @@ def needed(work: Sequence[Op], plan: Plan) -> Needed:
     """For the whole batch that `work` is of."""
     size = ACTIVE[plan.precision]
     parameters = FLOAT32 * sum(op.weights for op in work)
-    kept, passing = activations(work, plan.attention_training, plan.checkpointing)
-    _, at_once = activations(work, plan.attention_sampling, checkpointing=False)
+    cpu = plan.device == "cpu"
+    kept, passing = activations(work, plan.attention_training, checkpointing=plan.checkpointing, cpu=cpu)
+    _, at_once = activations(work, plan.attention_sampling, checkpointing=False, cpu=cpu)
     copies = parameters / 2 if plan.precision != "float32" else 0.0  # of the parameters, in half precision
     beside = BESIDE_KEPT * parameters + copies + size * (KEPT[plan.device] * kept + PASSING_TRAINING * passing)
     sampling = parameters + copies + size * PASSING_SAMPLING * at_once
     return Needed(max(beside, AFTER_STEP * parameters + copies), sampling)
 
 
-def activations(work: Sequence[Op], form: Form | None, checkpointing: bool) -> tuple[float, float]:
+def activations(work: Sequence[Op], form: Form | None, *, checkpointing: bool, cpu: bool) -> tuple[float, float]:
     """Elements kept for the gradient, and the most that any layer needs beside them."""
     kept, block, largest_block, passing = 0.0, 0.0, 0.0, 0.0
     for op in work:
-        own, beside = _of_layer(op, form)
+        own, beside = _of_layer(op, form, cpu)
         passing = max(passing, beside)
         block += own
         if checkpointing and op.leaving:
@@ -77,10 +77,11 @@ def activations(work: Sequence[Op], form: Form | None, checkpointing: bool) -> t
     return kept + block + largest_block, passing
 
 
-def _of_layer(op: Op, form: Form | None) -> tuple[float, float]:
+def _of_layer(op: Op, form: Form | None, cpu: bool) -> tuple[float, float]:
     """Elements kept and passing, attention's scores left out where its form never holds them all."""
     if not op.scores or form == "whole":
         return op.kept, op.passing
-    images_and_heads = op.scores / op.positions**2
-    block = BLOCK_ARRAYS * images_and_heads * min(QUERIES, op.positions) * min(KEYS, op.positions)
+    rows = round(op.scores / op.positions**2)  # images times heads
+    queries, keys = block_sizes(rows, cpu=cpu)
+    block = BLOCK_ARRAYS * rows * min(queries, op.positions) * min(keys, op.positions)
     return op.kept - op.scores, block if form == "chunked" else 0.0

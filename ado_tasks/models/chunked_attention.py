@@ -12,18 +12,21 @@ Only o and m + log₂ l are kept for the gradient, which computes each block of 
 from collections.abc import Callable, Iterator
 
 from ado_tasks.backend import mx, on_cpu
+from ado_tasks.models.attention_choice import METAL_WIDTHS, block_sizes, fused_queries
 from ado_tasks.models.cpu_ops.attention import LOG2_E
 from ado_tasks.models.cpu_ops.pointwise import exp2_of_nonpositive, first
 
 LN_2 = 0.6931471805599453
-# Scores of one block, a head: 256 · 1024 · 4 bytes = 1 MiB, which stays in a core's second-level cache.
-QUERIES = 256
-KEYS = 1024
 
 
 def _exp2(z: mx.array) -> mx.array:
     """2^z for z <= 0 (or above it by a rounding error)."""
     return exp2_of_nonpositive(z) if on_cpu() else mx.exp(z * LN_2)
+
+
+def _sizes(q: mx.array) -> tuple[int, int]:
+    """Queries and keys of a block."""
+    return block_sizes(q.shape[0] * q.shape[1], cpu=on_cpu())
 
 
 def _starts(length: int, size: int) -> Iterator[slice]:
@@ -40,11 +43,11 @@ def _scores(q: mx.array, k: mx.array) -> mx.array:
     return (q @ k.swapaxes(-1, -2)).astype(mx.float32)
 
 
-def _block(q: mx.array, k: mx.array, v: mx.array | None) -> tuple[mx.array | None, mx.array]:
-    """For one block of queries against all keys: softmax₂(q kᵀ) v, without v none, and log₂ Σ 2^(q kᵀ)."""
+def _block(q: mx.array, k: mx.array, v: mx.array | None, size: int) -> tuple[mx.array | None, mx.array]:
+    """One block of queries, all keys, `size` at a time: softmax₂(q kᵀ) v, without v none; and log₂ Σ 2^(q kᵀ)."""
     out = None
     peak = total = mx.array(0.0)
-    for number, at in enumerate(_starts(k.shape[2], KEYS)):
+    for number, at in enumerate(_starts(k.shape[2], size)):
         scores = _scores(_after(q, total if number else None), k[:, :, at])
         high = mx.max(scores, axis=-1, keepdims=True)
         high = mx.maximum(peak, high) if number else high
@@ -62,8 +65,9 @@ def _block(q: mx.array, k: mx.array, v: mx.array | None) -> tuple[mx.array | Non
 def _forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     outs: list[mx.array] = []
     logs: list[mx.array] = []
-    for at in _starts(q.shape[2], QUERIES):
-        out, log = _block(_after(q[:, :, at], outs[-1] if outs else None), k, v)
+    queries, keys = _sizes(q)
+    for at in _starts(q.shape[2], queries):
+        out, log = _block(_after(q[:, :, at], outs[-1] if outs else None), k, v, keys)
         assert out is not None
         outs.append(out.astype(q.dtype))
         logs.append(log)
@@ -74,14 +78,15 @@ def _backward(
     q: mx.array, k: mx.array, v: mx.array, out: mx.array, log: mx.array | None, gradient: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """With p = 2^(q kᵀ - log): dv = pᵀ do, ds = p (do vᵀ - Σ do o) ln 2, dq = ds k, dk = dsᵀ q, block by block."""
-    keys = list(_starts(k.shape[2], KEYS))
+    size, of_keys = _sizes(q)
+    keys = list(_starts(k.shape[2], of_keys))
     dk: list[mx.array | None] = [None] * len(keys)
     dv: list[mx.array | None] = [None] * len(keys)
     dq: list[mx.array] = []
     done: mx.array | None = None
-    for at in _starts(q.shape[2], QUERIES):
+    for at in _starts(q.shape[2], size):
         queries, do = _after(q[:, :, at], done), gradient[:, :, at]
-        lowered = log[:, :, at] if log is not None else _block(queries, k, None)[1]
+        lowered = log[:, :, at] if log is not None else _block(queries, k, None, of_keys)[1]
         shared = mx.sum(do.astype(mx.float32) * out[:, :, at], axis=-1, keepdims=True)
         own: mx.array | None = None
         for number, of in enumerate(keys):
@@ -117,12 +122,12 @@ def _chunked_vjp(primals, cotangents, outputs):
 
 @mx.custom_function
 def _fused_forward(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Blocks of queries through MLX's own kernel, which is fused where there is one for the head's width.
+    """Blocks of queries through Metal's fused kernel, which is not taken while gradients are traced.
 
-    Metal's is not taken while gradients are traced; MLX then makes the scores of a block, and of no more.
+    MLX then makes the scores of one block with all keys, and of no more.
     """
     outs: list[mx.array] = []
-    for at in _starts(q.shape[2], KEYS):
+    for at in _starts(q.shape[2], fused_queries(q.shape[0] * q.shape[1], k.shape[2])):
         queries = _after(q[:, :, at], outs[-1] if outs else None)
         outs.append(mx.fast.scaled_dot_product_attention(queries, k, v, scale=LN_2))
     return mx.concatenate(outs, axis=2)
@@ -135,12 +140,12 @@ def _fused_forward_vjp(primals, gradient, output):
 
 
 def chunked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """softmax(q kᵀ · scale) v for (B, heads, L, D) in blocks of QUERIES and KEYS positions.
+    """softmax(q kᵀ · scale) v for (B, heads, L, D) in blocks of positions (`block_sizes`).
 
     Equal to the softmax over all keys at once up to rounding (tests: 1e-5 relative in float32, values and gradients).
     """
     q = q * (scale * LOG2_E)
-    if on_cpu():
+    if on_cpu() or mx.cuda.is_available() or q.shape[-1] not in METAL_WIDTHS:
         return first(_chunked(q, k, v))
     whole: Callable[..., mx.array] = _fused_forward  # pyright: ignore[reportAssignmentType]
     return whole(q, k, v)

@@ -9,7 +9,16 @@ from ops_checks import agree, draw, relative
 from ado_tasks.backend import mx
 from ado_tasks.models import chunked_attention as chunked
 from ado_tasks.models import cpu_ops, ops
-from ado_tasks.models.attention_choice import WHOLE_POSITIONS, attention_form
+from ado_tasks.models.attention_choice import (
+    CPU_BLOCK,
+    CPU_BLOCK_SCORES,
+    GPU_BLOCK,
+    GPU_BLOCK_SCORES,
+    LEAST_BLOCK,
+    WHOLE_POSITIONS,
+    attention_form,
+    block_sizes,
+)
 
 Attention = Callable[[mx.array, mx.array, mx.array], mx.array]
 
@@ -24,8 +33,7 @@ def blocks(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "QUERIES", 4)
-    monkeypatch.setattr(chunked, "KEYS", 6)
+    monkeypatch.setattr(chunked, "block_sizes", lambda rows, cpu: (4, 6))
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
@@ -39,7 +47,18 @@ def test_values_and_gradients(lengths: tuple[int, int], spread: float, small_blo
 
 def test_on_a_gpu_blocks_go_through_mlx_s_kernel(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "on_cpu", lambda: False)
+    monkeypatch.setattr(chunked, "METAL_WIDTHS", (4,))
+    monkeypatch.setattr(chunked, "fused_queries", lambda rows, keys: 4)
+    called: list[int] = []
+    kernel = mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda q, *a, **k: called.append(q.shape[2]) or kernel(q, *a, **k)
+    )
     agree(blocks, plain, [draw(2, 3, 13, 4, name=name) for name in "qkv"], 1e-5)
+    assert set(called) == {4, 1}
+    called.clear()
+    agree(blocks, plain, [draw(2, 3, 13, 5, name=name) for name in "qkv"], 1e-5)  # a width without a kernel
+    assert not called
 
 
 def test_halves(small_blocks: None) -> None:
@@ -82,10 +101,20 @@ def peak(function: Attention, positions: int) -> int:
 
 
 def test_memory_is_linear_in_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "QUERIES", 32)
-    monkeypatch.setattr(chunked, "KEYS", 64)
+    monkeypatch.setattr(chunked, "block_sizes", lambda rows, cpu: (32, 64))
     assert peak(blocks, 1024) / peak(blocks, 512) < 2.1
     assert peak(plain, 2048) / peak(plain, 1024) > 3, "the measure would not see a square"
+
+
+def test_blocks_shrink_with_the_rows() -> None:
+    """All rows together hold no more scores than allowed; few rows take whole blocks."""
+    assert block_sizes(1, cpu=True) == block_sizes(16, cpu=True) == CPU_BLOCK
+    for rows in (1, 17, 100, 1000, 4096):
+        for cpu, limit in ((True, CPU_BLOCK_SCORES), (False, GPU_BLOCK_SCORES)):
+            queries, keys = block_sizes(rows, cpu=cpu)
+            assert rows * queries * keys <= limit
+            assert rows * queries * keys > limit / 4 or (queries, keys) == (CPU_BLOCK if cpu else GPU_BLOCK)
+    assert block_sizes(10**6, cpu=True) == (LEAST_BLOCK, LEAST_BLOCK)
 
 
 @pytest.mark.parametrize(
