@@ -50,7 +50,7 @@ def block_sizes(rows: int, *, cpu: bool) -> tuple[int, int]:
 
 
 def fused_queries(rows: int, keys: int) -> int:
-    """Queries that go through a GPU's fused kernel at once: many, but scores with all keys would still be few enough."""
+    """Queries that go through a GPU's fused kernel at once: many, while scores with all keys would be few enough."""
     return max(FUSED_LEAST, min(GPU_BLOCK[0], GPU_BLOCK_SCORES // (rows * keys)))
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from ado_tasks import rng
 from ado_tasks.errors import HardwareError
-from ado_tasks.fit.calibration import drawn_configs, works
+from ado_tasks.fit.calibration import drawn_configs, timed, works
 from ado_tasks.fit.cost import CostModel, fit_cost_model, predict, transferred
 from ado_tasks.fit.work import KINDS, Op
 from ado_tasks.hardware.capability import Capability, apple_chip
@@ -48,6 +48,14 @@ def test_another_chip_is_marked() -> None:
     own, other = predict(model, UNSEEN[0], HERE), predict(model, UNSEEN[0], transferred(apple_chip("Apple M4"), HERE))
     assert own.predicted and other.predicted and other.milliseconds < own.milliseconds
     assert other.error.startswith("not measured on Apple M4; on machine aaaa") and "left out" in own.error
+
+
+def test_networks_are_drawn_and_timed() -> None:
+    """The same draw gives the same networks, another name others; each is timed once a round."""
+    configs = drawn_configs(0, "fit", 2, 8)
+    assert configs == drawn_configs(0, "fit", 3, 8)[:2] != drawn_configs(0, "unseen", 2, 8)
+    times = timed(configs, batch=1, rounds=2)
+    assert [len(each) for each in times] == [2, 2] and min(map(min, times)) > 0
 
 
 def test_too_little_to_fit_on_is_refused() -> None:
