@@ -76,7 +76,7 @@ def main() -> int:
     ]
     report = {
         "hardware": {**capability.as_plain(), "probes": []}, "model": model.as_plain(),
-        "settings": {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "picture")},
+        "settings": {n: value for n, value in vars(arguments).items() if n not in ("hardware", "out", "picture")},
         "spearman": {"value": rho.value, "ci": [rho.low, rho.high], "n": len(unseen)},
         "relative_error": {"median": float(np.median(errors)), "worst": float(errors.max())}, "unseen": entries,
     }  # fmt: skip
