@@ -60,12 +60,12 @@ def measured(form: str, side: int, heads: int, width: int) -> tuple[list[Row], l
     def value(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
         return [FORMS[form](q, k, v, scale)]
 
-    def both(*a: mx.array) -> list[mx.array]:
+    def both(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
         def loss(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
             out = FORMS[form](q, k, v, scale)
             return mx.sum(weights * out), out
 
-        (_, out), gradients = mx.value_and_grad(loss, argnums=[0, 1, 2])(*a)
+        (_, out), gradients = mx.value_and_grad(loss, argnums=[0, 1, 2])(q, k, v)
         return [out, *gradients]
 
     rows, numbers = [], []

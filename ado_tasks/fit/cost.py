@@ -7,7 +7,7 @@ by non-negative least squares on relative errors, with a weak pull to one common
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -97,11 +97,6 @@ def fit_cost_model(
         precision, dict(zip(KINDS, numbers[:-1].tolist(), strict=True)), 1e6 * float(numbers[-1]), len(taken),
         float(np.median(errors)), float(np.max(errors)), capability.id,
     )  # fmt: skip
-
-
-def transferred(capability: Capability, like: Capability) -> Capability:
-    """`capability` with what no maker publishes taken from a measured machine: marked predicted."""
-    return replace(capability, overhead_us=capability.overhead_us or like.overhead_us, predicted=True)
 
 
 def _features(work: Sequence[Op], capability: Capability, precision: Precision) -> np.ndarray:

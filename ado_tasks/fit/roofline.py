@@ -36,5 +36,5 @@ def save_roofline(path: Path, machine: Capability) -> None:
     said = "published figures" if machine.predicted else "measured"
     axes.set_title(f"{machine.chip} ({machine.device}), {machine.bandwidth_gb_s:.0f} GB/s, {said}", fontsize=9)
     if probes:
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="upper left")
     save_figure(path, figure)

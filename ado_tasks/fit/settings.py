@@ -1,7 +1,7 @@
 """Settings that follow from a machine and a network: one pure function, each choice with its reason."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from ado_tasks.errors import ConfigError, HardwareError
@@ -214,6 +214,3 @@ def _cache(machine: Capability, budget: float, training: float) -> tuple[float |
     if machine.device != "metal":
         return None, "MLX's own limit: nothing else competes for this memory"
     return round(max(0.25, min(budget - training, budget / 4)), 2), "freed buffers are the system's memory too"
-
-
-SETTING_NAMES = tuple(each.name for each in fields(Settings))

@@ -4,7 +4,6 @@ Counts follow `models/`: a multiply and an add are two operations; elements are 
 if each of its parts ran once over memory. Kinds are told apart because machines treat them differently.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -91,11 +90,6 @@ def totals(ops: list[Op]) -> dict[Kind, tuple[float, float, int]]:
 def parameters(ops: list[Op]) -> int:
     """Weights of the network."""
     return sum(op.weights for op in ops)
-
-
-def count(ops: list[Op]) -> Counter[Kind]:
-    """Layers of each kind."""
-    return Counter(op.kind for op in ops)
 
 
 def _ends(config: UNet2DConfig, image: Image) -> Iterator[Op]:

@@ -6,7 +6,7 @@ import pytest
 from ado_tasks import rng
 from ado_tasks.errors import HardwareError
 from ado_tasks.fit.calibration import drawn_configs, timed, works
-from ado_tasks.fit.cost import CostModel, fit_cost_model, predict, transferred
+from ado_tasks.fit.cost import CostModel, fit_cost_model, predict
 from ado_tasks.fit.work import KINDS, Op
 from ado_tasks.hardware.capability import Capability, apple_chip
 
@@ -45,7 +45,7 @@ def test_its_error_is_that_of_networks_it_has_not_seen() -> None:
 
 def test_another_chip_is_marked() -> None:
     model = fit_cost_model(KNOWN, seconds(KNOWN, 0.05), HERE)
-    own, other = predict(model, UNSEEN[0], HERE), predict(model, UNSEEN[0], transferred(apple_chip("Apple M4"), HERE))
+    own, other = predict(model, UNSEEN[0], HERE), predict(model, UNSEEN[0], apple_chip("Apple M4"))
     assert own.predicted and other.predicted and other.milliseconds < own.milliseconds
     assert other.error.startswith("not measured on Apple M4; on machine aaaa") and "left out" in own.error
 
