@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from ops_checks import agree, draw, relative
 
-from ado_tasks.backend import mx
+from ado_tasks import rng
+from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.models import chunked_attention as chunked
 from ado_tasks.models import cpu_ops, ops
 from ado_tasks.models.attention_choice import (
@@ -19,6 +20,9 @@ from ado_tasks.models.attention_choice import (
     attention_form,
     block_sizes,
 )
+from ado_tasks.models.initialise import initialise
+from ado_tasks.models.unet import UNet2D
+from ado_tasks.models.unet_config import UNet2DConfig
 
 Attention = Callable[[mx.array, mx.array, mx.array], mx.array]
 
@@ -134,3 +138,35 @@ def test_blocks_shrink_with_the_rows() -> None:
 def test_the_form_on_each_device(device, half, width, positions, gradient, form) -> None:
     found = attention_form(device, half=half, head_width=width, positions=positions, gradient=gradient)
     assert found == form
+
+
+def test_a_network_trains_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """36×36 pixels, attention at full size: its 1,296 positions go in blocks; every gradient is that of all at once."""
+    config = UNet2DConfig.from_dict(
+        {
+            "sample_size": 36, "block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1,
+            "down_block_types": ["AttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "AttnUpBlock2D"],
+        }
+    )  # fmt: skip
+    unet = UNet2D(config)
+    initialise(unet, rng.key(0, "chunked"))
+    start = unet.parameters()
+    x, t = draw(1, 36, 36, 3), mx.array([500.0])
+
+    def gradients() -> dict[str, np.ndarray]:
+        def loss(weights) -> mx.array:
+            unet.update(weights)
+            return mx.mean((unet(x, t) - x) ** 2)
+
+        return {name: np.array(value) for name, value in mlx_utils.tree_flatten(mx.grad(loss)(start))}
+
+    called: list[int] = []
+    in_blocks = ops.chunked_attention
+    monkeypatch.setattr(ops, "chunked_attention", lambda q, *rest: called.append(q.shape[2]) or in_blocks(q, *rest))
+    ours = gradients()
+    assert set(called) == {36 * 36}
+    monkeypatch.setattr(ops, "WHOLE_POSITIONS", 36 * 36)
+    theirs = gradients()
+    largest = max(np.abs(value).max() for value in theirs.values())
+    for name, value in theirs.items():
+        assert np.abs(ours[name] - value).max() < 1e-4 * max(np.abs(value).max(), 1e-3 * largest), name
