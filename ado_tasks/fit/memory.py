@@ -6,7 +6,7 @@
 At the end of the forward pass the optimiser's four vectors, the network's copy and a part of the gradient live beside
 all that is kept for the gradient; at the end of a step the new vectors live beside the old. `passing` is the largest
 array that only one layer needs (a matrix of patches, attention's scores): MLX hands out operations ahead of those that
-run, so several live at once. The numbers were read off seven measurements and hold for others (`bench/memory_model.py`).
+run, so several live at once. The numbers were read off seven measurements (`bench/memory_model.py`).
 """
 
 from collections.abc import Sequence
