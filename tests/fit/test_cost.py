@@ -41,6 +41,9 @@ def test_its_error_is_that_of_networks_it_has_not_seen() -> None:
     real = np.median(np.abs(np.array([model.seconds(work, HERE) for work in UNSEEN]) / truth - 1))
     assert 0.03 < model.median_error < 0.2 and 0.03 < real < 0.2
     assert model.worst_error > model.median_error
+    few = fit_cost_model(KNOWN[:9], seconds(KNOWN[:9], 0.1), HERE)
+    seen = [abs(few.seconds(w, HERE) / s - 1) for w, s in zip(KNOWN[:9], seconds(KNOWN[:9], 0.1), strict=True)]
+    assert few.median_error > 1.5 * np.median(seen), "nine networks and seven numbers: what was fitted fits too well"
 
 
 def test_another_chip_is_marked() -> None:

@@ -9,8 +9,8 @@ import pytest
 from ado_tasks import rng
 from ado_tasks.backend import mx, on_cpu
 from ado_tasks.fit.calibration import drawn_configs
-from ado_tasks.fit.memory import Plan, needed
-from ado_tasks.fit.work import unet_work
+from ado_tasks.fit.memory import BLOCK_ARRAYS, Plan, activations, needed
+from ado_tasks.fit.work import Op, unet_work
 from ado_tasks.models.initialise import initialise
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.steps import TrainStep
@@ -26,6 +26,19 @@ def peak_of(action: Callable[[], object]) -> int:
     mx.reset_peak_memory()
     action()
     return mx.get_peak_memory()
+
+
+def test_activations_by_hand() -> None:
+    """Two blocks that keep 10 and 20 and hand on 3 and 4; the second has scores of 12, which only one form keeps."""
+    work = [
+        Op("norm", 0, 0, kept=10, passing=5), Op("pointwise", 0, 0, leaving=3),
+        Op("attention", 0, 0, kept=20, passing=24, scores=12, positions=2, head_width=1),
+        Op("pointwise", 0, 0, leaving=4),
+    ]  # fmt: skip
+    assert activations(work, "whole", checkpointing=False, cpu=True) == (30, 24)
+    assert activations(work, "whole", checkpointing=True, cpu=True) == (3 + 4 + 20, 24)
+    assert activations(work, "fused", checkpointing=True, cpu=True) == (3 + 4 + 10, 5)
+    assert activations(work, "chunked", checkpointing=False, cpu=True) == (18, BLOCK_ARRAYS * 3 * 2 * 2)
 
 
 def test_the_peak_is_as_predicted() -> None:
