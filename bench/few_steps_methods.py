@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ado_tasks.config import parse, section
-from ado_tasks.distill import DistillConfig
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.optimise.consistency import ConsistencyConfig
+from ado_tasks.optimise.students import DistillConfig
 
 Section = DistillConfig | ConsistencyConfig
 STEPS = (2, 1)  # of the students that are compared

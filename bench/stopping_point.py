@@ -23,7 +23,7 @@ from ado_tasks.anchor import AnchorConfig, anchor
 from ado_tasks.config import read_params
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion import grids
-from ado_tasks.distill import DistillConfig, distill
+from ado_tasks.distill import distill
 from ado_tasks.distillation.stopping import Stopping
 from ado_tasks.features import FeaturesConfig, features
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model
@@ -32,6 +32,7 @@ from ado_tasks.metrics.kernel import kernel_sums
 from ado_tasks.metrics.noninferiority import difference_from_sums
 from ado_tasks.models.classifier import load_features
 from ado_tasks.optimise.stages import Stage, stopping_point
+from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import SILENT
 from ado_tasks.sampling import Sampler, draw

@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ado_tasks.config import parse, section
-from ado_tasks.distill import DistillConfig, distill
+from ado_tasks.distill import distill
 from ado_tasks.errors import AdoError
 from ado_tasks.evaluate import EvaluateConfig, evaluate
 from ado_tasks.optimise.consistency import ConsistencyConfig
+from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.report import Terminal
 from ado_tasks.storage import read_json, write_json

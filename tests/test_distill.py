@@ -7,7 +7,7 @@ import pytest
 
 from ado_tasks.config import parse
 from ado_tasks.diffusion.schedules import Cosine
-from ado_tasks.distill import DistillConfig, Stage, distill
+from ado_tasks.distill import distill
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import write_model
 from ado_tasks.models.unet import UNet2D
@@ -15,6 +15,7 @@ from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.adversarial import AdversarialConfig
 from ado_tasks.optimise.matching import MatchingConfig
 from ado_tasks.optimise.progressive import Interval
+from ado_tasks.optimise.students import DistillConfig, Stage
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.storage import load_arrays, read_json
 from ado_tasks.train import TrainConfig, train

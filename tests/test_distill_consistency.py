@@ -13,12 +13,13 @@ from ado_tasks.backend import mx
 from ado_tasks.config import parse, read_params
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.schedules import Cosine
-from ado_tasks.distill import DistillConfig, distill
+from ado_tasks.distill import distill
 from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.interop.diffusers_folder import read_model, write_model
 from ado_tasks.metrics.kernel import kid
 from ado_tasks.metrics.random_features import random_features, standardisation, standardise
 from ado_tasks.optimise.consistency import ConsistencyConfig
+from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.sampling import Sampler, draw

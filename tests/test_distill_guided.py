@@ -12,13 +12,14 @@ from ado_tasks.backend import mx
 from ado_tasks.config import parse
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion import grids
-from ado_tasks.distill import DistillConfig, distill
+from ado_tasks.distill import distill
 from ado_tasks.distillation.guided import at_weight
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model
 from ado_tasks.models.embeddings import WeightEmbedding
 from ado_tasks.optimise.consistency import ConsistencyConfig
 from ado_tasks.optimise.guided import GuidedConfig, with_weight
+from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import SILENT, Recorder
 from ado_tasks.sampling import Sampler, draw

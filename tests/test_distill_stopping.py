@@ -13,13 +13,14 @@ from ado_tasks.anchor import AnchorConfig, anchor
 from ado_tasks.config import parse
 from ado_tasks.datasets.shards import Dataset, open_dataset
 from ado_tasks.diffusion import grids
-from ado_tasks.distill import DistillConfig, distill
+from ado_tasks.distill import distill
 from ado_tasks.distillation.stopping import Stopping
 from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.features import FeaturesConfig, features
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.metrics.noninferiority import kid_difference
 from ado_tasks.models.classifier import load_features
+from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.sampling import Sampler, draw
 from ado_tasks.storage import load_arrays, read_json, sha256_tree, write_json

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from ado_tasks import usage
 from ado_tasks.config import config
-from ado_tasks.distill import DistillConfig, distill
+from ado_tasks.distill import distill
+from ado_tasks.optimise.students import DistillConfig
 
 Count = Annotated[int, Field(ge=1)]
 

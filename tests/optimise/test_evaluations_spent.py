@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ado_tasks.backend import mx
-from ado_tasks.distill import DistillConfig, distill
+from ado_tasks.distill import distill
 from ado_tasks.errors import ArtifactError
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.consistency import ConsistencyConfig
@@ -20,6 +20,7 @@ from ado_tasks.optimise.cost import (
     training_passes,
 )
 from ado_tasks.optimise.matching import MatchingConfig
+from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import Recorder
 from ado_tasks.storage import read_json

@@ -1,0 +1,107 @@
+"""Progressive distillation from a teacher's folder to its students': a chain, each taught by the one before."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ado_tasks.config import as_plain, as_recorded
+from ado_tasks.datasets.shards import Dataset, open_dataset
+from ado_tasks.diffusion.schedules import schedule_from_diffusers
+from ado_tasks.distillation.stopping import Stopping
+from ado_tasks.errors import ConfigError
+from ado_tasks.interop.diffusers_folder import StoredModel, read_model, write_model
+from ado_tasks.optimise.checkpoints import Checkpoints, run_key
+from ado_tasks.optimise.cost import distillation_passes
+from ado_tasks.optimise.loop import Curve
+from ado_tasks.optimise.progressive import Interval
+from ado_tasks.optimise.students import DistillConfig, Stage
+from ado_tasks.pictures import save_curves
+from ado_tasks.report import Reporter
+from ado_tasks.storage import atomic_folder, sha256_tree, write_json
+from ado_tasks.variants import INDEX
+
+
+def teach(
+    config: DistillConfig, *, teacher: Path, dataset: Path, out: Path, scratch: Path, seed: int, features: Path | None,
+    anchor: Path | None, report: Reporter,
+) -> dict[int, float]:  # fmt: skip
+    """Make the chain of students that `distill` describes, and write their folders.
+
+    Returns:
+        By each student's steps, its last losses' mean; fewer than were asked for where the chain ended itself.
+
+    Raises:
+        ConfigError, ArtifactError, DivergenceError: as `distill`.
+    """
+    stored, data = read_model(teacher), open_dataset(dataset)
+    kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))
+    if kind == "epsilon":
+        raise ConfigError(
+            f"{teacher}: predicts epsilon, which cannot be distilled to few steps; allowed: v_prediction, sample"
+        )
+    stored.unet.config.check_data(data.shape, data.num_classes, f"{teacher}/unet/config.json")
+    schedule = schedule_from_diffusers(stored.scheduler_config)
+    stopping = _stopping(config, data, features, anchor, seed)
+    key = run_key(__name__, as_plain(config), {"dataset": data.sha256, "teacher": sha256_tree(teacher)}, seed)
+    part = data.split("train")
+
+    curves: dict[str, Curve] = {}
+    weights: dict[int, Any] = {}
+    first = parameters = stored.unet.parameters()
+    for number, (before, after) in enumerate(pairwise((config.teacher_steps, *config.student_steps))):
+        stage = Stage(config, number, Interval(after, before // after), schedule, kind, seed)
+        checkpoints = Checkpoints.under(scratch, key + f"-{after}")
+        student, curves[f"{after} steps"] = stage.run(stored.unet, parameters, part, checkpoints, report)
+        if config.matching_steps_of(number):
+            checkpoints = Checkpoints.under(scratch, key + f"-{after}-matched")
+            student, curve = stage.match(stored.unet, student, parameters, first, part, checkpoints, report)
+            curves[f"{after} steps, matching"] = curve
+        parameters = weights[after] = student
+        if stopping and not stopping.goes_on(stored, student, after, report):
+            break
+
+    with atomic_folder(out) as folder:
+        for steps, student in weights.items():
+            stored.unet.update(student)
+            write_model(folder / str(steps), stored.unet, stored.scheduler_config, _record(stored, config, steps, seed))
+        write_json(folder / "curves.json", curves)
+        save_curves(folder / "distillation.png", curves, "distillation loss")
+        if stopping:
+            write_json(folder / INDEX, stopping.index(config.student_steps))
+    report.picture("distillation", out / "distillation.png")
+    spent = distillation_passes(_record(stored, config, list(weights)[-1], seed))
+    report.metric("evaluations", spent.evaluations if spent else 0)
+    for after in config.student_steps:
+        Checkpoints.under(scratch, key + f"-{after}").clear()
+        Checkpoints.under(scratch, key + f"-{after}-matched").clear()
+    return {steps: curves[f"{steps} steps"][-1][1] for steps in weights}
+
+
+def _stopping(
+    config: DistillConfig, data: Dataset, features: Path | None, anchor: Path | None, seed: int
+) -> Stopping | None:
+    """What students are held against, where the chain is to stop itself."""
+    if config.stop == "never":
+        return None
+    if features is None or anchor is None:
+        missing = " ".join(name for name, path in (("--features", features), ("--anchor", anchor)) if path is None)
+        raise ConfigError(
+            f"stop: inferior needs {missing}: the folders made by `features` and `anchor`, or stop: never"
+        )
+    return Stopping.read(data, features, anchor, seed)
+
+
+def _record(stored: StoredModel, config: DistillConfig, steps: int, seed: int) -> dict[str, Any]:
+    stage = config.student_steps.index(steps)
+    matched = config.matching_steps_of(stage) > 0
+    method = "progressive, matching" if matched else "progressive"
+    if matched and config.adversarial_weight_of(stage):
+        method += ", adversarial"
+    settings = as_recorded(config, stop="never")
+    if config.matching and config.matching.adversarial is None:
+        del settings["matching"]["adversarial"]  # as records were before there was such a key
+    done = {"task": "distill", "method": method, "steps": steps, "config": settings, "seed": seed}
+    return {
+        "history": [*stored.record.get("history", []), done],
+        "sampler": {"solver": "ddim", "steps": steps, "grid": "uniform_time"},
+    }

@@ -1,0 +1,213 @@
+"""Students of few steps, one stage each: what a stage is configured by, sees and learns (Salimans & Ho 2022)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ado_tasks import rng
+from ado_tasks.backend import mx
+from ado_tasks.config import config
+from ado_tasks.datasets.shards import Split
+from ado_tasks.diffusion import losses
+from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
+from ado_tasks.diffusion.parameterisation import expand
+from ado_tasks.diffusion.schedules import NoiseSchedule
+from ado_tasks.models.unet import UNet2D
+from ado_tasks.optimise.batches import images_of_step, labels_of
+from ado_tasks.optimise.checkpoints import Checkpoints
+from ado_tasks.optimise.loop import Curve, Loop, Step
+from ado_tasks.optimise.matching import Matching, MatchingConfig, MatchingStep
+from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
+from ado_tasks.optimise.steps import TrainStep
+from ado_tasks.parallel import sharded_apply
+from ado_tasks.report import Reporter
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+V = TypeVar("V", int, float)
+
+
+@config
+class DistillConfig:
+    """How students are taught."""
+
+    method: ClassVar[str] = "progressive"
+    teacher_steps: Annotated[int, Field(ge=2)] = 32  # steps of the teacher that the first student replaces
+    teacher_solver: WalkSolver = "ddim"  # of those steps; later teachers are students, and take DDIM's
+    student_steps: tuple[Annotated[int, Field(ge=1)], ...] = (8, 4, 2, 1)  # one stage each; each divides the one before
+    stage_steps: Count | tuple[Count, ...] = 500  # optimiser steps of each stage: one number, or one a stage
+    batch_size: Annotated[int, Field(ge=1)] = 64  # images a step
+    learning_rate: Rate | tuple[Rate, ...] = 1e-3  # at the start of each stage, falls to 0 in each; or one a stage
+    clip: Annotated[float, Field(gt=0)] = 1.0  # largest global norm of a gradient (Salimans & Ho 2022, table 5)
+    loss: Literal["truncated_snr", "v"] = "truncated_snr"  # weight on ‖x̂ − x̃‖² (Salimans & Ho 2022, §4)
+    charbonnier: Annotated[float, Field(ge=0)] = 0.0  # c of √(w‖·‖² + c²) − c, a pixel; 0: the paper's squared error
+    shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
+    checkpoint_every: Annotated[int, Field(ge=1)] = 250  # steps
+    matching: MatchingConfig | None = None  # what each student learns after its stage: see optimise/matching.py
+    stop: Literal["never", "inferior"] = "never"  # inferior: no student follows one that is not as good as the teacher
+
+    @model_validator(mode="after")
+    def _stages_divide(self) -> Self:
+        for before, after in pairwise((self.teacher_steps, *self.student_steps)):
+            if after >= before or before % after:
+                raise ValueError(
+                    f"a student of {after} steps cannot replace {before} steps: it must be a smaller divisor"
+                )
+        if not self.student_steps:
+            raise ValueError("student_steps: at least one stage is required")
+        given = {"stage_steps": self.stage_steps, "learning_rate": self.learning_rate}
+        if self.matching:
+            given |= {"matching.steps": self.matching.steps, "matching.learning_rate": self.matching.learning_rate}
+            if self.matching.adversarial:
+                given["matching.adversarial.weight"] = self.matching.adversarial.weight
+        for name, values in given.items():
+            if isinstance(values, tuple) and len(values) != len(self.student_steps):
+                raise ValueError(
+                    f"{name}: {len(values)} given for {len(self.student_steps)} stages; one number, or one each"
+                )
+        return self
+
+    def steps_of(self, stage: int) -> int:
+        """Optimiser steps of a stage."""
+        return _of_stage(self.stage_steps, stage)
+
+    def rate_of(self, stage: int) -> float:
+        """Learning rate at the start of a stage."""
+        return _of_stage(self.learning_rate, stage)
+
+    def matching_steps_of(self, stage: int) -> int:
+        """Steps of distribution matching after a stage."""
+        return self.matching.steps[stage] if self.matching else 0
+
+    def adversarial_weight_of(self, stage: int) -> float:
+        """Weight of the adversarial term in a stage's matching; 0 where there is none."""
+        asked = self.matching.adversarial if self.matching else None
+        return _of_stage(asked.weight, stage) if asked else 0.0
+
+    def total_steps(self) -> int:
+        """Optimiser steps of everything."""
+        return sum(self.steps_of(stage) + self.matching_steps_of(stage) for stage in range(len(self.student_steps)))
+
+
+def _of_stage(given: V | tuple[V, ...], stage: int) -> V:
+    return given[stage] if isinstance(given, tuple) else given
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One student taught by one teacher."""
+
+    config: DistillConfig
+    number: int
+    interval: Interval
+    schedule: NoiseSchedule
+    kind: str
+    seed: int
+
+    def run(
+        self, unet: UNet2D, teacher: Any, part: Split, checkpoints: Checkpoints, report: Reporter
+    ) -> tuple[Any, Curve]:
+        """Teach a student that starts from its teacher's weights; returns its weights and the loss curve."""
+        frozen = UNet2D(unet.config)
+        frozen.update(teacher)
+        targets = self.targets(frozen)
+        step = TrainStep(self.loss(unet), teacher, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
+        curve = self._repeat(
+            step, f"distill_{self.interval.student_steps}", self.config.steps_of(self.number),
+            lambda index: self.batch(part, targets, index), self.learning_rate_at, checkpoints, report, 0,
+        )  # fmt: skip
+        return step.parameters(), curve
+
+    def match(
+        self, unet: UNet2D, student: Any, before: Any, first: Any, part: Split, checkpoints: Checkpoints,
+        report: Reporter,
+    ) -> tuple[Any, Curve]:  # fmt: skip
+        """Bring the stage's student to the first teacher's distribution; returns its weights and the loss curve."""
+        assert self.config.matching is not None
+        matching = Matching(
+            self.config.matching, self.interval, self.config.matching_steps_of(self.number),
+            _of_stage(self.config.matching.learning_rate, self.number), self.schedule, self.kind,
+            self.seed, self.config.charbonnier, self.config.adversarial_weight_of(self.number),
+        )  # fmt: skip
+        step = MatchingStep(matching, unet, student, before, first, self.config.clip, self.config.shards, part.shape)
+        curve = self._repeat(
+            step, f"match_{self.interval.student_steps}", matching.steps, lambda index: matching.batch(part, index),
+            matching.learning_rate_at, checkpoints, report, self.config.steps_of(self.number),
+        )  # fmt: skip
+        return step.parameters(), curve
+
+    def _repeat(
+        self, step: Step, name: str, steps: int, batch_of: Callable[[int], Mapping[str, mx.array]],
+        rate_of: Callable[[int], float], checkpoints: Checkpoints, report: Reporter, offset: int,
+    ) -> Curve:  # fmt: skip
+        """Run the loop; progress counts the steps of all stages."""
+        done = sum(self.config.steps_of(each) + self.config.matching_steps_of(each) for each in range(self.number))
+        loop = Loop(
+            name=name, steps=steps, batch_of=batch_of, learning_rate_of=rate_of, checkpoints=checkpoints,
+            checkpoint_every=self.config.checkpoint_every, report=report,
+            report_offset=done + offset, report_total=self.config.total_steps(),
+        )  # fmt: skip
+        return loop.run(step)["training"]
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear to 0 within the stage (Salimans & Ho 2022, appendix): exactly 0 at its last step."""
+        last, rate = self.config.steps_of(self.number) - 1, self.config.rate_of(self.number)
+        return rate * (1 - step / last) if last else rate
+
+    def denoiser(self, unet: UNet2D, labels: Sequence[mx.array]) -> Denoiser:
+        """A network as a denoiser, with its labels (none or one array of them) bound."""
+        return make_denoiser(lambda z, timestep: unet(z, timestep, *labels), self.schedule, self.kind)
+
+    def targets(self, teacher: UNet2D) -> Callable[..., mx.array]:
+        """(z, times, labels) → x̃, the teacher's weights compiled in.
+
+        A function of its own: mx.compile mistakes weights that are held for weights that come in, where both are used.
+        """
+        # A student knows DDIM's steps from its own grid only: nothing else is asked of it when it teaches.
+        solver: WalkSolver = self.config.teacher_solver if self.number == 0 else "ddim"
+
+        def walk(z: mx.array, times: mx.array, *labels: mx.array) -> mx.array:
+            return distillation_target(self.denoiser(teacher, labels), z, times, self.schedule, solver)
+
+        return sharded_apply(walk, self.config.shards)
+
+    def loss(self, student: UNet2D) -> Callable[[Any, Mapping[str, mx.array]], mx.array]:
+        """The stage's loss: mean over a batch of w(λ_t) ‖x̂(z_t) − x̃‖², or of Charbonnier's distance."""
+        c = self.config.charbonnier
+
+        def loss(parameters: Any, batch: Mapping[str, mx.array]) -> mx.array:
+            student.update(parameters)
+            labels = [batch["labels"]] if "labels" in batch else []
+            x_hat = self.denoiser(student, labels)(batch["z"], batch["t"])
+            if c:
+                return mx.mean(losses.weighted_charbonnier_error(x_hat, batch["target"], batch["weight"], c))
+            return mx.mean(losses.weighted_squared_error(x_hat, batch["target"], batch["weight"]))
+
+        return loss
+
+    def batch(self, part: Split, targets: Callable[..., mx.array], step: int) -> dict[str, mx.array]:
+        """z_t at the starts of intervals i ~ U{0..N−1}, and x̃, of one step: all drawn from (seed, stage, step)."""
+        size, steps = self.config.batch_size, self.interval.student_steps
+        rows = images_of_step(len(part), size, rng.derive(self.seed, "distill", steps), step)
+        images = mx.array(part.batch(rows))
+        # Strata as in training: every interval comes up equally often in a batch, to within one, in random order.
+        generator = rng.generator(self.seed, "distill", steps, "index", step)
+        index = np.floor((generator.permutation(size) + generator.random()) * steps / size)
+        times = self.interval.times(index)
+        alpha, sigma = (mx.array(level.astype(np.float32)) for level in self.schedule.alpha_sigma(times[:, 0]))
+        noise = mx.random.normal(images.shape, key=rng.key(self.seed, "distill", steps, "noise", step))
+        z = expand(alpha, noise) * images + expand(sigma, noise) * noise
+        labels = labels_of(part, rows)
+        clock = mx.array(times.astype(np.float32))
+        log_snr = mx.array(self.schedule.log_snr(times[:, 0]).astype(np.float32))
+        return {
+            "z": z,
+            "t": clock[:, 0],
+            "target": targets(z, clock, *labels.values()),
+            "weight": losses.weight(self.config.loss)(log_snr),
+            **labels,
+        }
