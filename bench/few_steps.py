@@ -276,12 +276,12 @@ def save_picture(path: Path, rows: Sequence[Mapping[str, Any]], margin: float) -
             right.plot(share, y, marker="o", markersize=4, color=colour)
     left.axvspan(-margin, margin, color="#3a9d5d", alpha=0.15, linewidth=0)
     left.set_xscale("symlog", linthresh=2 * margin)
-    left.set_xlabel("KID − KID(teacher)  (band: margin)")
+    left.set_xlabel("KID − KID(teacher)\n(band: margin)")
     right.axvline(BAR, color="#3a9d5d", linewidth=1, linestyle="--")
     for share in of_teacher:
         right.axvline(share, color="#8a8f98", linewidth=1)
     right.set_xscale("symlog", linthresh=0.2)
-    right.set_xlabel("FD over training images, share of the floor  (dashed: bar; grey: teacher)")
+    right.set_xlabel("FD over training images / floor\n(dashed: bar; grey: teacher)")
     names = [f"{row['name']}, {row['steps']} step{'s' * (row['steps'] != '1')}" for row in reversed(students)]
     left.set_yticks(range(len(names)), names, fontsize=8)
     right.set_yticks(range(len(names)), [""] * len(names))
