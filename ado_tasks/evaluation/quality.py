@@ -1,6 +1,6 @@
 """The scores of one variant: distances of distributions with intervals, one-by-one distances, accuracy, copying."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ado_tasks.datasets.shards import Dataset
 from ado_tasks.metrics.accuracy import class_accuracy
 from ado_tasks.metrics.coverage import precision_recall
-from ado_tasks.metrics.frechet import Excess, excess
+from ado_tasks.metrics.frechet import Excess, Halves, beyond, draw_halves
 from ado_tasks.metrics.interval import Interval
 from ado_tasks.metrics.kernel import KernelSums, kernel_sums, kid_from_sums, real_sums
 from ado_tasks.metrics.memorisation import memorisation
@@ -76,6 +76,8 @@ class Yardstick:
     margin: float
     draws: int
     seed: int
+    _drawn: dict[int, Halves] = field(default_factory=dict, init=False)  # by number of samples
+    _drawn_random: dict[int, Halves] = field(default_factory=dict, init=False)
 
     def features(self, images: Images) -> Features:
         """Own features (n, d), standardised."""
@@ -104,16 +106,20 @@ class Yardstick:
 
     def excess(self, generated: Features) -> Excess:
         """FD beyond that of training images; every variant meets the same halves."""
-        return self._excess(generated, self.reference.train, self.reference.report)
+        if len(generated) not in self._drawn:
+            self._drawn[len(generated)] = self._halves(len(generated), self.reference.train, self.reference.report)
+        return beyond(generated, self._drawn[len(generated)])
 
     def excess_random(self, images: Images) -> Excess:
         """The same in random features, the cross-check."""
         report, train, scale = self.random
-        return self._excess(standardise(random_features(images), *scale), train, report)
+        if len(images) not in self._drawn_random:
+            self._drawn_random[len(images)] = self._halves(len(images), train, report)
+        return beyond(standardise(random_features(images), *scale), self._drawn_random[len(images)])
 
-    def _excess(self, generated: Features, train: Features, report: Features) -> Excess:
-        halves = np.random.default_rng(self.seed)
-        return excess(generated, train, report, draws=self.draws, rng=halves, groups=self.reference.groups)
+    def _halves(self, samples: int, train: Features, report: Features) -> Halves:
+        by = np.random.default_rng(self.seed)
+        return draw_halves(samples, train, report, draws=self.draws, rng=by, groups=self.reference.groups)
 
     def describe(self) -> dict[str, Any]:
         """The floor, and the sizes."""
@@ -146,17 +152,17 @@ def score(yardstick: Yardstick, images: Images, start: Draw, base: Base) -> Scor
     found = yardstick.features(images)
     sums = yardstick.kernel_sums(found)
     difference = difference_from_sums(sums, base.sums, groups=reference.groups)
-    beyond = yardstick.excess(found)
+    over_train = yardstick.excess(found)
     count = len(base.fine)
     same = len(reference.report)
     sharpness = precision_recall(found[:same], reference.report[: len(found)])
     accuracy = _accuracy(yardstick, images, start)
     return Scores(
-        fd=beyond.model,
-        fd_excess=beyond.over_floor,
+        fd=over_train.model,
+        fd_excess=over_train.over_floor,
         fd_over_train={
-            "value": beyond.excess, "range": [beyond.low, beyond.high], "ratio_to_floor": beyond.ratio,
-            "train_fd": beyond.train, "below_floor": beyond.below_floor,
+            "value": over_train.excess, "range": [over_train.low, over_train.high], "ratio_to_floor": over_train.ratio,
+            "train_fd": over_train.train, "below_floor": over_train.below_floor,
         },
         fd_random=yardstick.excess_random(images).model,
         kid=kid_from_sums(sums, yardstick.real_sums),

@@ -88,37 +88,73 @@ def excess(
     first half. Averaging over draws uses all of each set while n stays equal. `model` and `train` need at least n
     samples. `groups` (m,) as in `floor`.
     """
+    return beyond(model, draw_halves(len(model), train, real, draws=draws, rng=rng, groups=groups))
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What `excess` draws and does not depend on the model: one set for models of as many samples."""
+
+    samples: int  # of a model
+    n: int
+    width: int
+    rows: list[AnyArray]  # of each draw, n of the model's samples
+    targets: list["_Moments"]  # of each draw's first half
+    train: FloatArray  # (draws,) FD of training images to it
+    other: FloatArray  # (draws,) FD of the other half to it
+
+
+def draw_halves(
+    samples: int, train: AnyArray, real: AnyArray, *, draws: int, rng: np.random.Generator,
+    groups: AnyArray | None = None,
+) -> Halves:  # fmt: skip
+    """Draw as `excess` does, for models of `samples` samples. Arguments and errors as there."""
     values = features(real, "real", minimum=4)
     codes = group_codes(groups, len(values))
     n = half_size(codes)
-    generated, training = features(model, "model", minimum=n), features(train, "train", minimum=n)
-    same_width(generated, values, "model, real")
+    if samples < n:
+        raise StatisticsError(f"model: at least {n} samples are needed, got {samples}")
+    training = features(train, "train", minimum=n)
     same_width(training, values, "train, real")
     _check_draws(draws)
-    rows = np.empty((draws, 3))
-    for row, (half, other) in zip(rows, _halves(values, codes, draws, rng), strict=True):
-        target = _moments(half)
+    rows, targets, distances = [], [], np.empty((draws, 2))
+    for row, (half, other) in zip(distances, _halves(values, codes, draws, rng), strict=True):
+        targets.append(_moments(half))
+        rows.append(rng.choice(samples, n, replace=False))
         row[:] = [
-            _distance(_moments(rng.choice(generated, n, replace=False)), target),
-            _distance(_moments(rng.choice(training, n, replace=False)), target),
-            _distance(_moments(other), target),
+            _distance(_moments(rng.choice(training, n, replace=False)), targets[-1]),
+            _distance(_moments(other), targets[-1]),
         ]
-    base = _floor(rows[:, 2], n)
-    model_mean, train_mean = float(rows[:, 0].mean()), float(rows[:, 1].mean())
-    low, high = np.quantile(rows[:, 0] - rows[:, 1], RANGE)
-    beyond = model_mean - train_mean
+    return Halves(samples, n, values.shape[1], rows, targets, distances[:, 0], distances[:, 1])
+
+
+def beyond(model: AnyArray, drawn: Halves) -> Excess:
+    """`excess` of one model against halves that are drawn already: the same for every model of as many samples."""
+    generated = features(model, "model", minimum=drawn.n)
+    if generated.shape[1] != drawn.width:
+        raise StatisticsError(
+            f"model, real: must have the same number of features, got {generated.shape[1]} and {drawn.width}"
+        )
+    if len(generated) != drawn.samples:
+        raise StatisticsError(f"model: the halves were drawn for {drawn.samples} samples, got {len(generated)}")
+    to_target = zip(drawn.rows, drawn.targets, strict=True)
+    found = np.array([_distance(_moments(generated[rows]), target) for rows, target in to_target])
+    base = _floor(drawn.other, drawn.n)
+    model_mean, train_mean = float(found.mean()), float(drawn.train.mean())
+    low, high = np.quantile(found - drawn.train, RANGE)
+    over = model_mean - train_mean
     return Excess(
         model=model_mean,
         train=train_mean,
-        excess=beyond,
+        excess=over,
         low=float(low),
         high=float(high),
-        ratio=beyond / base.mean,
+        ratio=over / base.mean,
         over_floor=model_mean - base.mean,
         below_floor=model_mean < base.low,
         floor=base,
-        n=n,
-        draws=draws,
+        n=drawn.n,
+        draws=len(found),
     )
 
 
