@@ -61,6 +61,7 @@ class UNet2D(nn.Module):
         class_labels: mx.array | None = None,
         *,
         dropout_key: mx.array | None = None,
+        leaving: list[mx.array] | None = None,
     ) -> mx.array:
         """Predict.
 
@@ -70,6 +71,7 @@ class UNet2D(nn.Module):
             class_labels: (B,) integers, where the model has classes. With class_embed_type "timestep" they are read as
                 timesteps; with "identity" they are embeddings (B, embedding_width).
             dropout_key: where dropout masks are drawn from; without one nothing is dropped.
+            leaving: takes what leaves each block, all the way down and up (not the middle), for who learns from it.
 
         Returns:
             (B, H, W, out_channels) float32, whatever the type of the weights.
@@ -84,7 +86,7 @@ class UNet2D(nn.Module):
         embedding = self._embedding(timestep, class_labels)
         activate = ACTIVATIONS[self.config.act_fn.lower()]
         condition = Condition(embedding, activate(embedding), DropoutKeys(dropout_key, self._dropouts))
-        hidden, painted = self._blocks(x, condition)
+        hidden, painted = self._blocks(x, condition, [] if leaving is None else leaving)
         y = self.conv_out(ops.silu(self.conv_norm_out(hidden)))
         if painted is not None:
             y = y + painted
@@ -119,19 +121,23 @@ class UNet2D(nn.Module):
             return embedding + self.class_embedding(self.time_proj(class_labels))
         return embedding + self.class_embedding(class_labels)
 
-    def _blocks(self, x: mx.array, condition: Condition) -> tuple[mx.array, mx.array | None]:
+    def _blocks(
+        self, x: mx.array, condition: Condition, leaving: list[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
         """Down, middle and up. Returns the features and, from Skip blocks, the painted image."""
         hidden, skip = self.conv_in(x), x
         states: tuple[mx.array | None, ...] = (hidden,)
         for block in self.down_blocks:
             hidden, more, skip = block(hidden, skip, condition)
             states += more
+            leaving.append(hidden)
         if "mid_block" in self:
             hidden = self.mid_block(hidden, condition)
         painted = None
         for block, count in zip(self.up_blocks, self._taken, strict=True):
             hidden, painted = block(hidden, states[-count:], painted, condition)
             states = states[:-count]
+            leaving.append(hidden)
         return hidden, painted
 
 
