@@ -9,7 +9,8 @@ from pydantic import Field
 
 from ado_tasks.config import config
 
-PENALTY = 10.0  # what a quality loss e-fold above the limit counts, beside an e-fold of latency: more than any saving
+LEAST = 1e-30  # in the place of 0, where a logarithm is taken
+PENALTY = 10.0  # what a quality loss e-fold above the limit counts, beside an e-fold of cost: more than any saving
 
 
 @config
@@ -26,13 +27,13 @@ class Measured:
 
     name: str
     quality_loss: float
-    latency_ms: float
+    cost: float  # milliseconds an image where it was timed, else multiply-adds
     peak_memory_mb: float = 0.0
 
     @property
     def figures(self) -> tuple[float, float, float]:
         """What is compared."""
-        return self.quality_loss, self.latency_ms, self.peak_memory_mb
+        return self.quality_loss, self.cost, self.peak_memory_mb
 
 
 def dominates(one: Measured, other: Measured) -> bool:
@@ -43,7 +44,7 @@ def dominates(one: Measured, other: Measured) -> bool:
 def pareto_front(candidates: Sequence[Measured]) -> list[Measured]:
     """Those that none dominates, fastest first."""
     front = [each for each in candidates if not any(dominates(other, each) for other in candidates)]
-    return sorted(front, key=lambda each: (each.latency_ms, each.name))
+    return sorted(front, key=lambda each: (each.cost, each.name))
 
 
 def fronts(candidates: Sequence[Measured]) -> list[list[Measured]]:
@@ -64,13 +65,18 @@ def allowed(candidate: Measured, policy: Policy) -> bool:
 def choose(candidates: Sequence[Measured], policy: Policy) -> Measured | None:
     """The policy's choice, or none where no candidate is within its limits."""
     within = [each for each in candidates if allowed(each, policy)]
-    return min(within, key=lambda each: (each.latency_ms, each.quality_loss, each.name), default=None)
+    return min(within, key=lambda each: (each.cost, each.quality_loss, each.name), default=None)
+
+
+def logarithm(figure: float) -> float:
+    """Its logarithm; of nothing, that of something very small."""
+    return math.log(max(figure, LEAST))
 
 
 def objective(candidate: Measured, policy: Policy) -> float:
-    """What a proposer makes small: log latency, and the quality loss where it is beyond the limit.
+    """What a proposer makes small: log cost, and the quality loss where it is beyond the limit.
 
     Its least over a space is the policy's choice wherever there is one.
     """
-    beyond = math.log(max(candidate.quality_loss, 1e-30) / policy.max_quality_loss)
-    return math.log(candidate.latency_ms) + PENALTY * max(0.0, beyond)
+    beyond = logarithm(candidate.quality_loss) - math.log(policy.max_quality_loss)
+    return math.log(candidate.cost) + PENALTY * max(0.0, beyond)

@@ -45,7 +45,7 @@ def measure_importance(unet: UNet2D, loss: Loss, batches: Iterable[Mapping[str, 
     count = 0
     for batch in batches:
         tree = gradient(mlx_utils.tree_unflatten(list(weights.items())), batch)
-        gradients = {name: _float64(value) for name, value in mlx_utils.tree_flatten(tree)}
+        gradients = {name: _float64(value) for name, value in dict(mlx_utils.tree_flatten(tree)).items()}
         for name, change in _channel_changes(weights, gradients, rows).items():
             streams[name] += change**2
         for name in blocks:
@@ -53,7 +53,8 @@ def measure_importance(unet: UNet2D, loss: Loss, batches: Iterable[Mapping[str, 
         count += 1
     unet.update(mlx_utils.tree_unflatten(list(weights.items())))
     return Importance(
-        {name: total / count for name, total in streams.items()}, {name: total / count for name, total in blocks.items()}
+        {name: total / count for name, total in streams.items()},
+        {name: total / count for name, total in blocks.items()},
     )
 
 

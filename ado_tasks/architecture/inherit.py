@@ -89,9 +89,7 @@ def _blocks_kept(teacher: UNet2DConfig, network: UNet2DConfig, importance: Impor
     return source
 
 
-def _least_pair(
-    down: list[int], up: list[int], way_down: str, way_up: str, importance: Importance
-) -> tuple[int, int]:
+def _least_pair(down: list[int], up: list[int], way_down: str, way_up: str, importance: Importance) -> tuple[int, int]:
     """The block on the way down, and the one on the way up, that matter least together.
 
     Never the first of a level, which changes the width, nor the last on the way up, which takes the state from above.
@@ -249,4 +247,3 @@ def _time_embedding(
         f"{name}.weight": mx.array(solution[:-1].T.astype(np.float32)),
         f"{name}.bias": mx.array(bias.astype(np.float32)),
     }
-

@@ -7,11 +7,10 @@ is smaller in everything loses no less: points that cannot be chosen any more ar
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import optuna
+from typing import Any
 
 from ado_tasks import rng
-from ado_tasks.architecture.choice import Measured, Policy, allowed, objective
+from ado_tasks.architecture.choice import Measured, Policy, allowed, logarithm, objective
 from ado_tasks.architecture.space import Point, Space
 
 ASKS = 20  # of the sampler for each point wanted; then the points left over are taken in a seeded order
@@ -27,7 +26,7 @@ class Tried:
 
 
 def propose(
-    space: Space, points: Sequence[Point], latency_ms: Mapping[Point, float], tried: Sequence[Tried], policy: Policy,
+    space: Space, points: Sequence[Point], cost: Mapping[Point, float], tried: Sequence[Tried], policy: Policy | None,
     count: int, seed: int,
 ) -> list[Point]:  # fmt: skip
     """Up to `count` points, none of them tried, none that cannot win any more. The same arguments give the same ones.
@@ -35,13 +34,21 @@ def propose(
     Args:
         space: names the dimensions.
         points: those of the space that are networks.
-        latency_ms: of each of them, measured or predicted.
+        cost: of each of them: milliseconds measured or predicted, or multiply-adds.
         tried: in the order in which they were.
-        policy: what is wanted.
+        policy: what is wanted; none, where losses are not final and no limit can be held against them: the estimator
+            then goes for the Pareto front of loss and cost, and every point may still win.
         count: how many at a time; fewer are returned where fewer are left.
         seed: of the sampler.
     """
-    left = [point for point in points if can_win(point, space, latency_ms, tried, policy)]
+    from optuna.trial import TrialState  # noqa: PLC0415  (seconds, which only a proposal should cost)
+
+    known = {each.point for each in tried}
+    left = [
+        point
+        for point in points
+        if point not in known and (policy is None or can_win(point, space, cost, tried, policy))
+    ]
     study = _study(space, tried, policy, rng.derive(seed, "propose", len(tried)) % 2**32)
     chosen: list[Point] = []
     for _ in range(ASKS * count):
@@ -52,15 +59,13 @@ def propose(
         if point in left and point not in chosen:
             chosen.append(point)
         else:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            study.tell(trial, state=TrialState.FAIL)
     spare = [point for point in left if point not in chosen]
     order = rng.generator(seed, "propose", "spare", len(tried)).permutation(len(spare))
     return [*chosen, *(spare[place] for place in order[: count - len(chosen)])]
 
 
-def can_win(
-    point: Point, space: Space, latency_ms: Mapping[Point, float], tried: Sequence[Tried], policy: Policy
-) -> bool:
+def can_win(point: Point, space: Space, cost: Mapping[Point, float], tried: Sequence[Tried], policy: Policy) -> bool:
     """Whether the policy might still choose a point.
 
     Not where one within the limits is as fast, nor where one that is larger in everything is beyond the limit: smaller
@@ -70,7 +75,7 @@ def can_win(
         if each.point == point:
             return False
         if allowed(each.measured, policy):
-            if latency_ms[point] >= latency_ms[each.point]:
+            if cost[point] >= cost[each.point]:
                 return False
         elif each.measured.quality_loss > policy.max_quality_loss and smaller(point, each.point, space):
             return False
@@ -95,18 +100,20 @@ def smaller(point: Point, other: Point, space: Space) -> bool:
     return True
 
 
-def _study(space: Space, tried: Sequence[Tried], policy: Policy, seed: int) -> optuna.Study:
+def _study(space: Space, tried: Sequence[Tried], policy: Policy | None, seed: int) -> Any:
     """A study that knows what was tried. In memory; Optuna's own generators only, none of them global."""
+    import optuna  # noqa: PLC0415
+
     logging.getLogger("optuna").setLevel(logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP))
+    study = optuna.create_study(
+        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP),
+        directions=["minimize"] if policy else ["minimize", "minimize"],
+    )
     distributions = {
         name: optuna.distributions.IntDistribution(0, len(choices) - 1) for name, choices in space.dimensions.items()
     }
     for each in tried:
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=dict(zip(space.dimensions, each.point, strict=True)), distributions=dict(distributions),
-                value=objective(each.measured, policy),
-            )  # fmt: skip
-        )
+        params = dict(zip(space.dimensions, each.point, strict=True))
+        values = [objective(each.measured, policy)] if policy else [*map(logarithm, each.measured.figures[:2])]
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=dict(distributions), values=values))
     return study

@@ -13,7 +13,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from ado_tasks.architecture.choice import Measured, fronts
+from ado_tasks.architecture.choice import Measured, fronts, logarithm
 from ado_tasks.config import config
 
 Count = Annotated[int, Field(ge=1)]
@@ -25,6 +25,7 @@ class RaceConfig:
 
     sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (12, 6, 3)  # candidates tuned in each
     steps: tuple[Count, ...] = (60, 120, 360)  # optimiser steps in each, beside those of the rungs below
+    unguided: Count = 8  # of the lowest rung: points in a seeded order; the others are proposed by what came of these
 
     @model_validator(mode="after")
     def _falls(self) -> Self:
@@ -32,6 +33,8 @@ class RaceConfig:
             raise ValueError(f"steps: {len(self.steps)} given for {len(self.sizes)} rungs; one number each")
         if any(above > below for below, above in pairwise(self.sizes)):
             raise ValueError(f"sizes: {self.sizes} grow; a rung tunes survivors of the one below")
+        if self.unguided > self.sizes[0]:
+            raise ValueError(f"unguided: {self.unguided} is more than the lowest rung's {self.sizes[0]} lanes")
         return self
 
     def total_steps(self) -> int:
@@ -44,7 +47,7 @@ class RaceConfig:
 
 
 def survivors(candidates: Sequence[Measured], count: int) -> list[Measured]:
-    """Who goes on: front by front; within the front that does not fit whole, the least product of loss and latency.
+    """Who goes on: front by front; within the front that does not fit whole, the least product of loss and cost.
 
     Ties are broken by name: the order in which candidates were tuned decides nothing. NaN never goes before a number.
     """
@@ -56,7 +59,7 @@ def survivors(candidates: Sequence[Measured], count: int) -> list[Measured]:
 
 
 def _product(candidate: Measured) -> tuple[float, str]:
-    return math.log(max(candidate.quality_loss, 1e-30)) + math.log(candidate.latency_ms), candidate.name
+    return logarithm(candidate.quality_loss) + logarithm(candidate.cost), candidate.name
 
 
 @dataclass(frozen=True)

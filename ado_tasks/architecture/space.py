@@ -72,7 +72,9 @@ class Space:
     def values(self, point: Point) -> dict[str, Any]:
         """The choices of a point, by dimension. Raises ConfigError where there is no such choice."""
         if len(point) != len(self.dimensions):
-            raise ConfigError(f"point {point}: allowed: {len(self.dimensions)} numbers, for {', '.join(self.dimensions)}")
+            raise ConfigError(
+                f"point {point}: allowed: {len(self.dimensions)} numbers, for {', '.join(self.dimensions)}"
+            )
         values = {}
         for number, (name, choices) in zip(point, self.dimensions.items(), strict=True):
             if not 0 <= number < len(choices):
@@ -136,7 +138,9 @@ def _no_wider(teacher: UNet2DConfig, candidate: UNet2DConfig) -> str | None:
     pairs = zip(candidate.block_out_channels, teacher.block_out_channels, strict=True)
     if all(mine <= theirs for mine, theirs in pairs):
         return None
-    return f"block_out_channels: {candidate.block_out_channels}; allowed: up to the teacher's {teacher.block_out_channels}"
+    return (
+        f"block_out_channels: {candidate.block_out_channels}; allowed: up to the teacher's {teacher.block_out_channels}"
+    )
 
 
 def _no_deeper(teacher: UNet2DConfig, candidate: UNet2DConfig) -> str | None:

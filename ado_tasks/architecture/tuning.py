@@ -24,9 +24,14 @@ from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.batches import images_of_step, labels_of, times_of_step
+from ado_tasks.optimise.checkpoints import Checkpoints
+from ado_tasks.optimise.loop import Curve, Loop
+from ado_tasks.optimise.steps import TrainStep
 from ado_tasks.parallel import sharded_apply
+from ado_tasks.report import Reporter
 
 Batch = Mapping[str, mx.array]
+IMPORTANCE_STEP = -2  # as are those before it: of batches that importance is measured on
 VALIDATION_STEP = -1  # a step that tuning never takes: its noises and times belong to the measure of quality
 TINY = 1e-8  # against 0/0 where a block of the teacher gives nothing
 
@@ -74,9 +79,7 @@ class Lesson:
 
         return loss
 
-    def run(
-        self, unet: UNet2D, z: mx.array, t: mx.array, labels: mx.array | None
-    ) -> tuple[mx.array, list[mx.array]]:
+    def run(self, unet: UNet2D, z: mx.array, t: mx.array, labels: mx.array | None) -> tuple[mx.array, list[mx.array]]:
         """x̂, and what leaves each block."""
         leaving: list[mx.array] = []
         denoise = make_denoiser(
@@ -105,8 +108,8 @@ class Lesson:
         return {name: array for name, array in noisy.items() if name != "images"} | {"target": x_hat} | named
 
     def noisy(self, part: Split, size: int, step: int) -> dict[str, mx.array]:
-        """z = α x + σ ε with its images, times, weights and labels."""
-        rows = images_of_step(len(part), size, rng.derive(self.seed, "tune"), step)
+        """Noisy z = α x + σ ε with their images, times, weights, labels; steps below 0 take the images of the first."""
+        rows = images_of_step(len(part), size, rng.derive(self.seed, "tune"), max(step, 0))
         images = mx.array(part.batch(rows))
         times = times_of_step(size, rng.generator(self.seed, "tune", "time", step))
         alpha, sigma = (mx.array(level.astype(np.float32)) for level in self.schedule.alpha_sigma(times))
@@ -135,7 +138,46 @@ class Lesson:
         )
         apart = mx.sum(losses.weighted_squared_error(mine, theirs, batch["weight"]))
         own = mx.sum(losses.weighted_squared_error(theirs, batch["images"], batch["weight"]))
-        return float(apart.item()) / float(own.item())
+        return float(np.array(apart)) / float(np.array(own))
+
+
+def tune(
+    lesson: Lesson, candidate: UNet2D, part: Split, first: int, steps: int, checkpoints: Checkpoints, report: Reporter
+) -> Curve:
+    """Tune a candidate in place: steps `first` to `first + steps` of its lesson; the learning rate falls to 0 in them.
+
+    Raises:
+        DivergenceError: a loss is not finite.
+    """
+    config = lesson.config
+    targets = lesson.targets()
+    step = TrainStep(
+        lesson.loss(candidate), candidate.parameters(), clip=config.clip, ema_decay=None, shards=config.shards
+    )
+    loop = Loop(
+        name="probe", steps=steps, batch_of=lambda index: lesson.batch(part, targets, first + index),
+        learning_rate_of=lambda index: config.learning_rate * (1 - index / steps), checkpoints=checkpoints,
+        checkpoint_every=config.checkpoint_every, report=report,
+    )  # fmt: skip
+    curve = loop.run(step)["training"]
+    candidate.update(step.parameters())
+    return curve
+
+
+def gradient_batches(lesson: Lesson, part: Split, count: int, size: int) -> list[dict[str, mx.array]]:
+    """Batches of which importance is measured: real images at times of their own, with labels."""
+    return [lesson.noisy(part, size, IMPORTANCE_STEP - number) for number in range(count)]
+
+
+def denoising_loss(lesson: Lesson) -> Callable[[Any, Batch], mx.array]:
+    """The teacher's own loss, (1 + SNR) ‖x̂ − x‖²: at its distance to itself every gradient would be 0."""
+
+    def loss(parameters: Any, batch: Batch) -> mx.array:
+        lesson.teacher.update(parameters)
+        x_hat, _ = lesson.run(lesson.teacher, batch["z"], batch["t"], batch.get("labels"))
+        return mx.mean(losses.weighted_squared_error(x_hat, batch["images"], batch["weight"]))
+
+    return loss
 
 
 def feature_streams(unet: UNet2D) -> list[str]:

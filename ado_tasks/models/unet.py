@@ -121,9 +121,7 @@ class UNet2D(nn.Module):
             return embedding + self.class_embedding(self.time_proj(class_labels))
         return embedding + self.class_embedding(class_labels)
 
-    def _blocks(
-        self, x: mx.array, condition: Condition, leaving: list[mx.array]
-    ) -> tuple[mx.array, mx.array | None]:
+    def _blocks(self, x: mx.array, condition: Condition, leaving: list[mx.array]) -> tuple[mx.array, mx.array | None]:
         """Down, middle and up. Returns the features and, from Skip blocks, the painted image."""
         hidden, skip = self.conv_in(x), x
         states: tuple[mx.array | None, ...] = (hidden,)

@@ -1,5 +1,6 @@
 """What a candidate inherits: the identity at full width, the same function where what is dropped did nothing."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from ado_tasks import rng
 from ado_tasks.architecture import axes
 from ado_tasks.architecture.importance import Importance, measure_importance
-from ado_tasks.architecture.inherit import inherit, most_important
+from ado_tasks.architecture.inherit import _rescaled_queries, _sliced, inherit, most_important
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.errors import ConfigError
 from ado_tasks.models.initialise import initialise
@@ -108,7 +109,7 @@ def widened(small: UNet2D) -> UNet2D:
         if first:
             array = doubled(array, first, 0)
         if last:
-            array = np.stack([doubled_off(array, last)], axis=0)[0]
+            array = doubled_off(array, last)
         if key == "time_embedding.linear_1.weight":  # twice as many frequencies: every second is one of the old
             array = np.array(flat_parameters(drawn(wide, "time"))[key])
         weights[key] = mx.array(array)
@@ -162,11 +163,7 @@ def _shuffled(unet: UNet2D) -> UNet2D:
         order = np.arange(size).reshape(-1, 2)
         swap = rng.generator(0, "inherit", "swap", _tie(stream, unet.config)).random(len(order)) < 0.5
         kept[stream] = np.where(swap[:, None], order[:, ::-1], order).reshape(-1)
-    from ado_tasks.architecture.inherit import _sliced
-
-    weights = {
-        key: _sliced(value, rows.axes[key], kept, rows.sizes) for key, value in flat_parameters(unet).items()
-    }
+    weights = {key: _sliced(value, rows.axes[key], kept, rows.sizes) for key, value in flat_parameters(unet).items()}
     made = UNet2D(unet.config)
     made.update(mlx_utils.tree_unflatten(list(weights.items())))
     assert np.abs(outputs(made) - outputs(unet)).max() <= 1e-6
@@ -201,7 +198,8 @@ def test_blocks_that_do_nothing_are_dropped_and_the_function_stays() -> None:
 @pytest.mark.parametrize(
     ("changes", "idle"),
     [
-        ({"mid_block_type": None}, ("mid_block.resnets.0.conv2", "mid_block.resnets.1.conv2", "mid_block.attentions.0.to_out")),
+        ({"mid_block_type": None},
+         ("mid_block.resnets.0.conv2", "mid_block.resnets.1.conv2", "mid_block.attentions.0.to_out")),
         ({"add_attention": False}, ("mid_block.attentions.0.to_out",)),
         ({"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
           "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")},
@@ -222,10 +220,6 @@ def test_parts_that_do_nothing_go_and_the_function_stays(changes: dict[str, Any]
 
 def test_the_width_of_one_head_is_made_up_for() -> None:
     """One head as wide as the level: with a double that nothing reads, half of it gives the same attention."""
-    import math
-
-    from ado_tasks.architecture.inherit import _rescaled_queries
-
     big, small = network("one_head", block_out_channels=(16,)), network("one_head")
     weights = {"mid_block.attentions.0.to_q.weight": mx.ones((8, 8))}
     got = _rescaled_queries(big, small, weights)["mid_block.attentions.0.to_q.weight"]
