@@ -43,6 +43,12 @@ def test_the_front_is_what_nothing_dominates(everyone: list[Measured]) -> None:
     assert sorted(each.name for layer in fronts(everyone) for each in layer) == [each.name for each in everyone]
 
 
+def test_a_front_by_hand() -> None:
+    """As good in all but one, and worse in that, is dominated; equal ones are not."""
+    rows = {"a": (1.0, 1.0, 2.0), "b": (1.0, 1.0, 1.0), "c": (2.0, 0.5, 1.0), "d": (1.0, 1.0, 1.0)}
+    assert [each.name for each in pareto_front([Measured(name, *row) for name, row in rows.items()])] == ["c", "b", "d"]
+
+
 @given(candidates, st.integers(1, 12), st.randoms())
 def test_survivors_do_not_depend_on_the_order(everyone: list[Measured], count: int, random) -> None:
     going = survivors(everyone, count)
