@@ -48,21 +48,12 @@ PART: Any = Images()
 
 
 def teacher() -> UNet2D:
-    unet = UNet2D(
-        UNet2DConfig(
-            sample_size=4,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(4, 8),
-            num_class_embeds=2,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=2,
-            attention_head_dim=4,
-            time_embedding_dim=8,
-        )  # fmt: skip
-    )
+    network = UNet2DConfig(
+        sample_size=4, in_channels=1, out_channels=1, block_out_channels=(4, 8), num_class_embeds=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1, norm_num_groups=2, attention_head_dim=4, time_embedding_dim=8,
+    )  # fmt: skip
+    unet = UNet2D(network)
     initialise(unet, rng.key(0, "tuning"))
     return unet
 
