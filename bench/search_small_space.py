@@ -10,8 +10,8 @@ bench/reports/search_small_space.json. Without it the search is played on the ta
 
 import argparse
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
 from ado_tasks.hardware.latency import interleaved
 from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.checkpoints import Checkpoints
 from ado_tasks.report import SILENT
@@ -46,50 +47,58 @@ SPACE = SpaceConfig(
     channels=((8, 16), (16, 24, 32)), layers_per_block=(1, 2), middle=("none", "plain", "attention"),
 )  # fmt: skip
 RUNGS = (25, 50, 150)  # steps in each
+TUNE = TuneConfig(batch_size=32)
 TRAIN_STEPS, BATCH, ROUNDS = 800, 64, 15
 LIMITS = (0.2, 0.35, 0.5, 0.75, 1.0)  # quality losses: the search is played for each, where one candidate is within it
 SEEDS, SHARE = 10, 0.4
 
 
-def make_table(dataset: Path) -> None:
-    """Train the teacher, tune every candidate, and time them all in turn."""
+def make_table(dataset: Path, work: Path, seconds: float) -> bool:
+    """Train the teacher, tune every candidate, and time them all in turn. False where the time was over before."""
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    data = open_dataset(dataset)
+    part, held_out = data.split("train"), data.split("selection")
+    if not (work / "teacher").exists():
         settings = TrainConfig(model=TEACHER, steps=TRAIN_STEPS, learning_rate=5e-3, warmup_steps=50, ema_decay=0.99)
-        train(settings, dataset=dataset, out=Path(folder) / "teacher", scratch=Path(folder) / "scratch", seed=0)
-        stored = read_model(Path(folder) / "teacher")
-        print(f"teacher: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        data = open_dataset(dataset)
-        part, held_out = data.split("train"), data.split("selection")
-        schedule = schedule_from_diffusers(stored.scheduler_config)
-        lesson = Lesson(TuneConfig(batch_size=32), stored.unet, {}, schedule, "v_prediction", 0)
-        found = measure_importance(stored.unet, denoising_loss(lesson), gradient_batches(lesson, part, 16, 16))
-        space = Space.around(stored.unet.config, SPACE)
-        rows, networks = [], {}
-        for point in space.points():
-            got = inherit(stored.unet, space.candidate(point), found)
-            lesson = Lesson(TuneConfig(batch_size=32), stored.unet, got.kept, schedule, "v_prediction", 0)
-            quality = [lesson.quality_loss(got.unet, held_out)]
-            for rung, steps in enumerate(RUNGS):
-                checkpoints = Checkpoints.under(Path(folder), f"{point}-{rung}")
-                tune(lesson, got.unet, part, sum(RUNGS[:rung]), steps, checkpoints, SILENT)
-                quality.append(lesson.quality_loss(got.unet, held_out))
-            networks[str(point)] = got.unet
-            rows.append({"point": list(point), "quality_loss": quality})
-            print(f"{len(rows)}: {point} {quality} {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        start = {
-            "z": mx.zeros((BATCH, *data.shape)),
-            "t": mx.full((BATCH,), 500.0),
-            "labels": mx.zeros(BATCH, mx.int32),
-        }
-        actions = {}
-        for name, unet in networks.items():
-            compiled = mx.compile(unet)
-            actions[name] = lambda compiled=compiled: mx.eval(compiled(*start.values()))
-        seconds = interleaved(actions, ROUNDS)
-        for row in rows:
-            row["latency_ms"] = float(np.median(seconds[str(tuple(row["point"]))])) * 1e3 / BATCH
-        write_json(TABLE, {"teacher": stored.unet.config.to_dict(), "rungs": list(RUNGS), "rows": rows})
+        train(settings, dataset=dataset, out=work / "teacher", scratch=work / "scratch", seed=0)
+    stored = read_model(work / "teacher")
+    schedule = schedule_from_diffusers(stored.scheduler_config)
+    lesson = Lesson(TUNE, stored.unet, {}, schedule, "v_prediction", 0)
+    found = measure_importance(stored.unet, denoising_loss(lesson), gradient_batches(lesson, part, 16, 16))
+    space = Space.around(stored.unet.config, SPACE)
+    for number, point in enumerate(space.points()):
+        place = work / f"{number}.json"
+        if place.exists():
+            continue
+        if time.perf_counter() - began > seconds:
+            return False
+        got = inherit(stored.unet, space.candidate(point), found)
+        lesson = Lesson(TUNE, stored.unet, got.kept, schedule, "v_prediction", 0)
+        quality = [lesson.quality_loss(got.unet, held_out)]
+        for rung, steps in enumerate(RUNGS):
+            checkpoints = Checkpoints.under(work / "scratch", f"{number}-{rung}")
+            tune(lesson, got.unet, part, sum(RUNGS[:rung]), steps, checkpoints, SILENT)
+            quality.append(lesson.quality_loss(got.unet, held_out))
+        write_json(place, {"point": list(point), "quality_loss": quality})
+        print(f"{number}: {point} {quality} {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    rows = [read_json(work / f"{number}.json") for number, _ in enumerate(space.points())]
+    latency_ms = time_all(space, data.shape)
+    rows = [row | {"latency_ms": latency_ms[tuple(row["point"])]} for row in rows]
+    write_json(TABLE, {"teacher": stored.unet.config.to_dict(), "rungs": list(RUNGS), "rows": rows})
+    return True
+
+
+def time_all(space: Space, shape: tuple[int, int, int]) -> dict[Point, float]:
+    """Milliseconds an image of one evaluation of each network, median of rounds in turn. Weights do not matter."""
+    given = [mx.zeros((BATCH, *shape)), mx.full((BATCH,), 500.0), mx.zeros(BATCH, mx.int32)]
+
+    def action(point: Point) -> Callable[[], None]:
+        compiled = mx.compile(UNet2D(space.candidate(point)))
+        return lambda: mx.eval(compiled(*given))
+
+    points = {str(point): point for point in space.points()}
+    seconds = interleaved({name: action(point) for name, point in points.items()}, ROUNDS)
+    return {points[name]: float(np.median(taken)) * 1e3 / BATCH for name, taken in seconds.items()}
 
 
 def play(limit: float, table: dict[str, Any]) -> dict[str, Any] | None:
@@ -160,9 +169,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="tune every candidate of the space anew")
     parser.add_argument("--dataset", type=Path, default=Path("data/digits"), help="folder made by `prepare`")
+    parser.add_argument("--work", type=Path, default=Path(".ado/search_small_space"), help="where the table grows")
+    parser.add_argument("--seconds", type=float, default=1e9, help="tune no further candidate after this long")
     options = parser.parse_args()
-    if options.table:
-        make_table(options.dataset)
+    if options.table and not make_table(options.dataset, options.work, options.seconds):
+        print("the time is over; the same command goes on", file=sys.stderr)
+        return 2
     table = read_json(TABLE, "teacher", "rows", "rungs")
     met = True
     for figures in filter(None, (play(limit, table) for limit in LIMITS)):
