@@ -1,7 +1,8 @@
 """Which points of a space to try next: Optuna's tree-structured Parzen estimator, kept to what can still win.
 
-Bergstra et al. 2011; Optuna: Akiba et al. 2019. What a candidate costs is known before it is tuned, and a network that
-is smaller in everything loses no less: points that cannot be chosen any more are not proposed (see `can_win`).
+Bergstra et al. 2011; Optuna: Akiba et al. 2019. What a candidate costs is known before it is tuned, so points that are
+no faster than one within the limits are not proposed (`can_win`); and of those that Optuna proposes, those go first
+which promise most by their cost and a guess at their loss (surrogate.py).
 """
 
 import logging
@@ -9,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ado_tasks import rng
 from ado_tasks.architecture.choice import Measured, Policy, allowed, logarithm, objective
 from ado_tasks.architecture.space import Point, Space
+from ado_tasks.architecture.surrogate import expected_gain
 
-ASKS = 20  # of the sampler for each point wanted; then the points left over are taken in a seeded order
+ASKS = 24  # of the sampler at most for each point wanted; then points left over are taken in a seeded order
+SHORTLIST = 8  # points proposed for each one wanted, of which the most promising goes first
 STARTUP = 4  # points at random before the estimator has something to go by
 
 
@@ -44,16 +49,13 @@ def propose(
     from optuna.trial import TrialState  # noqa: PLC0415  (seconds, which only a proposal should cost)
 
     known = {each.point for each in tried}
-    left = [
-        point
-        for point in points
-        if point not in known and (policy is None or can_win(point, space, cost, tried, policy))
-    ]
+    left = [point for point in points if point not in known and (policy is None or can_win(point, cost, tried, policy))]
     study = _study(space, tried, policy, rng.derive(seed, "propose", len(tried)) % 2**32)
+    wanted = count if policy is None or len(tried) < STARTUP else SHORTLIST * count
     chosen: list[Point] = []
-    for _ in range(ASKS * count):
-        if len(chosen) == count or not set(left) - set(chosen):
-            return chosen
+    for _ in range(ASKS * count if len(left) > wanted else 0):
+        if len(chosen) == wanted:
+            break
         trial = study.ask()
         point = tuple(trial.suggest_int(name, 0, len(each) - 1) for name, each in space.dimensions.items())
         if point in left and point not in chosen:
@@ -62,42 +64,17 @@ def propose(
             study.tell(trial, state=TrialState.FAIL)
     spare = [point for point in left if point not in chosen]
     order = rng.generator(seed, "propose", "spare", len(tried)).permutation(len(spare))
-    return [*chosen, *(spare[place] for place in order[: count - len(chosen)])]
+    chosen += [spare[place] for place in order[: wanted - len(chosen)]]
+    if policy is not None and wanted > count and chosen:
+        losses = [(each.point, each.measured.quality_loss) for each in tried]
+        gains = expected_gain(space, chosen, cost, losses, policy.max_quality_loss)
+        chosen = [chosen[place] for place in np.argsort(-gains, kind="stable")]
+    return chosen[:count]
 
 
-def can_win(point: Point, space: Space, cost: Mapping[Point, float], tried: Sequence[Tried], policy: Policy) -> bool:
-    """Whether the policy might still choose a point.
-
-    Not where one within the limits is as fast, nor where one that is larger in everything is beyond the limit: smaller
-    networks inherit less, and are taken to lose no less. (bench/search_small_space.py counts how often that is wrong.)
-    """
-    for each in tried:
-        if each.point == point:
-            return False
-        if allowed(each.measured, policy):
-            if cost[point] >= cost[each.point]:
-                return False
-        elif each.measured.quality_loss > policy.max_quality_loss and smaller(point, each.point, space):
-            return False
-    return True
-
-
-def smaller(point: Point, other: Point, space: Space) -> bool:
-    """Whether a network is no larger than another in every dimension."""
-    mine, theirs = space.values(point), space.values(other)
-    middle = ("none", "plain", "attention")
-    for name, value in mine.items():
-        if name == "attention":
-            less = set(value) <= set(theirs[name])
-        elif name == "attention_head_dim":
-            less = value == theirs[name]
-        elif name == "middle":
-            less = middle.index(value) <= middle.index(theirs[name])
-        else:
-            less = value <= theirs[name]
-        if not less:
-            return False
-    return True
+def can_win(point: Point, cost: Mapping[Point, float], tried: Sequence[Tried], policy: Policy) -> bool:
+    """Whether the policy might still choose a point: not where one within the limits was found that is as fast."""
+    return all(cost[point] < cost[each.point] for each in tried if allowed(each.measured, policy))
 
 
 def _study(space: Space, tried: Sequence[Tried], policy: Policy | None, seed: int) -> Any:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from ado_tasks import rng
 from ado_tasks.architecture.choice import Measured, Policy, choose, dominates, fronts, objective, pareto_front
 from ado_tasks.architecture.cost import multiply_adds
-from ado_tasks.architecture.propose import Tried, can_win, propose, smaller
+from ado_tasks.architecture.propose import Tried, can_win, propose
 from ado_tasks.architecture.race import Lane, RaceConfig, survivors
 from ado_tasks.architecture.space import Point, Space, SpaceConfig
+from ado_tasks.architecture.surrogate import expected_gain
 from ado_tasks.config import parse
 from ado_tasks.errors import ConfigError
 from ado_tasks.models.unet_config import UNet2DConfig
@@ -147,7 +148,7 @@ def test_proposals_are_new_seeded_and_can_win() -> None:
     assert first == propose(SPACE, points, cost, tried, policy, 4, 0)
     assert first != propose(SPACE, points, cost, tried, policy, 4, 1)
     assert len(set(first)) == 4 and not {each.point for each in tried} & set(first)
-    assert all(can_win(point, SPACE, cost, tried, policy) for point in first)
+    assert all(can_win(point, cost, tried, policy) for point in first)
     assert repr(np.random.get_state()) == before  # noqa: NPY002
     assert len(set(propose(SPACE, points, cost, tried, None, 99, 0))) == len(points) - 6
 
@@ -155,12 +156,27 @@ def test_proposals_are_new_seeded_and_can_win() -> None:
 def test_what_cannot_win_is_left_out() -> None:
     points = list(SPACE.points())
     cost = {point: synthetic(point).cost for point in points}
-    policy, (small, large) = Policy(max_quality_loss=0.2), (points[0], points[-1])
-    assert smaller(small, large, SPACE) and not smaller(large, small, SPACE)
-    good = [Tried(small, Measured("s", 0.1, cost[small]))]  # the cheapest is good enough: nothing else can be faster
-    assert [point for point in points if can_win(point, SPACE, cost, good, policy)] == []
-    bad = [Tried(large, Measured("l", 0.3, cost[large]))]  # the largest is not: nothing is
-    assert [point for point in points if can_win(point, SPACE, cost, bad, policy)] == []
+    policy, least = Policy(max_quality_loss=0.2), min(points, key=lambda point: cost[point])
+    good = [Tried(least, Measured("s", 0.1, cost[least]))]  # the cheapest is good enough: nothing else can be faster
+    assert propose(SPACE, points, cost, good, policy, 4, 0) == []
+    bad = [Tried(least, Measured("s", 0.3, cost[least]))]
+    assert len(propose(SPACE, points, cost, bad, policy, 99, 0)) == len(points) - 1
+
+
+def test_the_guess_is_a_bayesian_regression() -> None:
+    """Of losses that are a power of the width exactly, a point between is known; far limits make it sure."""
+    points = [point for point in SPACE.points() if point[2:] == (0, 0, 0, 0)]
+    cost = dict.fromkeys(SPACE.points(), 1.0) | {point: 0.1 for point in points}
+    tried = [(point, 4.0 / SPACE.values(point)["channels.1"]) for point in points]
+    gains = expected_gain(SPACE, points, cost, tried, limit=1e3)
+    assert gains == pytest.approx(0, abs=1e-9)  # nothing is cheaper than what is within the limit
+    gains = expected_gain(SPACE, points, cost, tried, limit=1e-6)  # nothing is within: the dearest stands for the best
+    assert gains == pytest.approx(0, abs=1e-6)
+    (middle,) = [point for point in points if SPACE.values(point)["channels.1"] == 24 and point[0] == 0]
+    others = [(point, loss) for point, loss in tried if point != middle]
+    cost[middle] = 0.05
+    gain = expected_gain(SPACE, [middle], cost, others, limit=4.0 / 24)[0]
+    assert 0.3 < gain / math.log(0.1 / 0.05) < 0.7  # the limit is just what is expected: as likely as not
 
 
 def test_the_search_finds_the_optimum_of_an_enumeration() -> None:
