@@ -33,10 +33,14 @@ TASKS = {
     "distill": "teach a student to need fewer steps",
     "calibrate": "learn where a frozen model's sampler should step",
     "measure": "time and weigh every variant, in turn, on this machine",
+    "probe": "one candidate architecture: its teacher's weights, cut and tuned",
+    "weigh": "time every probe, in turn, on this machine",
+    "search": "choose an architecture among the probes",
+    "sensitivity": "what each block of the teacher is worth, and costs on this machine",
     "evaluate": "quality of every variant on the report part, with intervals",
 }
 TOP_OPTIONS = ("-h", "--help", "--version")
-MEASURED = {"profile", "measure"}
+MEASURED = {"profile", "measure", "weigh", "sensitivity"}
 UNRECORDED = {"profile"}  # it runs every time, to see whether the machine is another one; nothing is learned from that
 EDGE_COMMANDS = {
     "compare": "print what the reports say: every variant, its quality, cost and speed-up; across runs with --runs",

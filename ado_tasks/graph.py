@@ -1,6 +1,7 @@
 """What `dvc.yaml` says about code: each stage's task, and whether its `deps` cover the modules that the task runs.
 
-And which methods of distillation it has: `--methods-of params.yaml` takes them from a params file.
+And which methods of distillation it has, and whether it searches for an architecture: `--methods-of params.yaml` takes
+them from a params file.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from ruamel.yaml import YAML
 from ado_tasks.closure import import_closure
 from ado_tasks.config import read_params, section
 from ado_tasks.errors import ConfigError
+from ado_tasks.search_stages import set_search
 from ado_tasks.storage import write_text
 
 GRAPH = Path("dvc.yaml")
@@ -55,10 +57,15 @@ def read_graph(path: Path = GRAPH) -> Any:
 def write_code_deps(path: Path = GRAPH) -> None:
     """Renew the code in every stage's `deps`; data, comments and order stay as they are."""
     graph = read_graph(path)
+    renew_code_deps(graph)
+    _write(graph, path)
+
+
+def renew_code_deps(graph: Any) -> None:
+    """The same in a graph that was read."""
     for stage in graph["stages"].values():
         data = [dep for dep in stage["deps"] if not dep.startswith(_CODE) and dep != NUMERIC_VERSIONS]
         stage["deps"] = data + code_deps(task_of(stage["cmd"]))
-    _write(graph, path)
 
 
 def set_methods(graph: Any, methods: Sequence[str]) -> None:
@@ -103,14 +110,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="renew the code in every stage's deps")
     parser.add_argument(
-        "--methods-of", type=Path, metavar="PARAMS", help="distil by each method that has a section in this file"
-    )
+        "--methods-of", type=Path, metavar="PARAMS",
+        help="distil by each method that has a section in this file, and search where it has a section probe",
+    )  # fmt: skip
     options = parser.parse_args()
     if options.write:
         write_code_deps()
     if options.methods_of is not None:
         graph = read_graph()
         set_methods(graph, methods_in(options.methods_of))
+        set_search(graph, read_params(options.methods_of).get("probe"))
+        renew_code_deps(graph)
         _write(graph, GRAPH)
     missing = missing_deps(read_graph())
     for stage, paths in missing.items():

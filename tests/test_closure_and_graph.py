@@ -8,7 +8,9 @@ import pytest
 
 from ado_tasks import closure, graph, versions
 from ado_tasks.__main__ import TASKS
+from ado_tasks.config import read_params
 from ado_tasks.errors import ConfigError
+from ado_tasks.search_stages import search_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +60,7 @@ def test_a_dep_that_is_missing_is_found() -> None:
 
 def test_every_stage_runs_a_task() -> None:
     stages = graph.read_graph(ROOT / "dvc.yaml")["stages"]
+    stages |= search_stages({})
     assert {graph.task_of(stage["cmd"]) for stage in stages.values()} == set(TASKS)
     with pytest.raises(ConfigError, match="not a stage's command"):
         graph.task_of("bash run.sh")
@@ -92,6 +95,37 @@ def test_methods_are_those_of_a_params_file(tmp_path: Path, monkeypatch: pytest.
     assert len(Path("dvc.yaml").read_text().splitlines()) == len(before.splitlines()) + 2
     with pytest.raises(ConfigError, match=r"none\.yaml: distill: \{\} is not allowed"):
         graph.methods_in(Path("none.yaml"))
+
+
+def test_a_search_is_in_the_graph_where_params_have_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lanes follow from the race, each rung depends on the one below, its students are compared; and back."""
+    before = (ROOT / "dvc.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text(before)
+    Path("without.yaml").write_text("distill: {progressive: {}}")
+    race = "{sizes: [4, 2], steps: [1, 2], unguided: 3}"
+    Path("with.yaml").write_text(f"distill: {{progressive: {{}}}}\nprobe: {{race: {race}}}")
+    for name in ("with", "with", "without", "with"):
+        monkeypatch.setattr(sys, "argv", ["graph", "--methods-of", f"{name}.yaml"])
+        assert graph.main() == 0
+        if name == "without":
+            assert Path("dvc.yaml").read_text() == before
+    stages = graph.read_graph(Path("dvc.yaml"))["stages"]
+    lanes = {name: list(stage["matrix"]["lane"]) for name, stage in stages.items() if name.startswith("probe")}
+    assert lanes == {"probe": ["0", "1", "2"], "probe_guided": ["3"], "probe_1": ["4", "5"]}
+    assert {f"models/probes/{lane}" for lane in range(4)} <= set(stages["probe_1"]["deps"])
+    assert "--before models/probes/0 models/probes/1 models/probes/2 --out" in stages["probe_guided"]["cmd"]
+    for name in ("measure", "evaluate"):
+        assert "--students models/progressive models/searched --schedules" in stages[name]["cmd"]
+        assert "models/searched" in stages[name]["deps"]
+
+
+def test_the_preset_of_the_search_is_the_small_one_but_for_what_it_searches() -> None:
+    small, search = (read_params(ROOT / f"params{name}.yaml") for name in ("", ".search"))
+    added = {"probe", "weigh", "search", "sensitivity", "distill_searched"}
+    assert set(search) - set(small) == added
+    assert {name for name in small if small[name] != search[name]} == {"train"}
+    assert search["distill_searched"] == small["distill"]["progressive"]
 
 
 def test_the_watched_versions_are_the_locked_ones() -> None:

@@ -62,6 +62,7 @@ class UNet2D(nn.Module):
         *,
         dropout_key: mx.array | None = None,
         added: mx.array | None = None,
+        leaving: list[mx.array] | None = None,
     ) -> mx.array:
         """Predict.
 
@@ -72,6 +73,7 @@ class UNet2D(nn.Module):
                 timesteps; with "identity" they are embeddings (B, embedding_width).
             dropout_key: where dropout masks are drawn from; without one nothing is dropped.
             added: (B, embedding_width), a further condition: added to the embedding of timestep and class.
+            leaving: takes what leaves each block, all the way down and up (not the middle), for who learns from it.
 
         Returns:
             (B, H, W, out_channels) float32, whatever the type of the weights.
@@ -79,7 +81,7 @@ class UNet2D(nn.Module):
         Raises:
             ConfigError: x has a shape, or the class labels a presence, that this model has no place for.
         """
-        return self.with_middle(x, timestep, class_labels, dropout_key=dropout_key, added=added)[0]
+        return self.with_middle(x, timestep, class_labels, dropout_key=dropout_key, added=added, leaving=leaving)[0]
 
     def with_middle(
         self,
@@ -89,6 +91,7 @@ class UNet2D(nn.Module):
         *,
         dropout_key: mx.array | None = None,
         added: mx.array | None = None,
+        leaving: list[mx.array] | None = None,
     ) -> tuple[mx.array, mx.array]:
         """What the network predicts, and its features where it is narrowest: (B, h, w, channels of the last level).
 
@@ -103,7 +106,7 @@ class UNet2D(nn.Module):
             embedding = embedding + added.astype(embedding.dtype)
         activate = ACTIVATIONS[self.config.act_fn.lower()]
         condition = Condition(embedding, activate(embedding), DropoutKeys(dropout_key, self._dropouts))
-        hidden, painted, middle = self._blocks(x, condition)
+        hidden, painted, middle = self._blocks(x, condition, [] if leaving is None else leaving)
         y = self.conv_out(ops.silu(self.conv_norm_out(hidden)))
         if painted is not None:
             y = y + painted
@@ -138,19 +141,23 @@ class UNet2D(nn.Module):
             return embedding + self.class_embedding(self.time_proj(class_labels))
         return embedding + self.class_embedding(class_labels)
 
-    def _blocks(self, x: mx.array, condition: Condition) -> tuple[mx.array, mx.array | None, mx.array]:
+    def _blocks(
+        self, x: mx.array, condition: Condition, leaving: list[mx.array]
+    ) -> tuple[mx.array, mx.array | None, mx.array]:
         """Down, middle and up. Returns the features, from Skip blocks the painted image, and the middle's features."""
         hidden, skip = self.conv_in(x), x
         states: tuple[mx.array | None, ...] = (hidden,)
         for block in self.down_blocks:
             hidden, more, skip = block(hidden, skip, condition)
             states += more
+            leaving.append(hidden)
         if "mid_block" in self:
             hidden = self.mid_block(hidden, condition)
         middle, painted = hidden, None
         for block, count in zip(self.up_blocks, self._taken, strict=True):
             hidden, painted = block(hidden, states[-count:], painted, condition)
             states = states[:-count]
+            leaving.append(hidden)
         return hidden, painted, middle
 
 

@@ -1,0 +1,40 @@
+"""What a network costs without a clock: multiply-adds of one evaluation of one image, from its configuration alone."""
+
+from math import prod
+
+from ado_tasks.models.unet import UNet2D
+from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.models.weights import flat_parameters
+
+
+def multiply_adds(network: UNet2DConfig, height: int, width: int) -> int:
+    """Multiply-adds of all convolutions, linear layers and attention, for one image of this size.
+
+    A convolution of p output pixels: p times the numbers of its weight. Attention over p pixels with n inner channels:
+    2 p² n (logits, and their sum over values), besides its projections.
+    """
+    total, pixels = 0, height * width
+    for name, weight in flat_parameters(UNet2D(network)).items():
+        if not name.endswith(".weight") or weight.ndim < 2 or name == "class_embedding.weight":
+            continue
+        if "embedding" in name or ".time_emb_proj." in name:
+            total += weight.size
+            continue
+        area = pixels // 4 ** _depth(name, network)
+        total += area * prod(weight.shape)
+        if name.endswith(".to_out.0.weight"):
+            total += 2 * area**2 * weight.shape[-1]
+    return total
+
+
+def _depth(name: str, network: UNet2DConfig) -> int:
+    """How often the image was halved where a weight's output lies."""
+    words, last = name.split("."), len(network.block_out_channels) - 1
+    if words[0] == "mid_block":
+        return last
+    if words[0] not in {"down_blocks", "up_blocks"}:
+        return 0
+    level = int(words[1]) if words[0] == "down_blocks" else last - int(words[1])
+    if words[2] == "downsamplers":
+        return level + 1
+    return level - 1 if words[2] == "upsamplers" else level

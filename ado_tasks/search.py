@@ -1,0 +1,133 @@
+"""Task `search`: the Pareto front of the probes, and the one that the written policy chooses."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ado_tasks.architecture.choice import Measured, Policy, choose, pareto_front
+from ado_tasks.config import as_plain, config
+from ado_tasks.errors import ArtifactError, ConfigError
+from ado_tasks.interop.diffusers_folder import extended, read_model, write_model
+from ado_tasks.pictures import plain_axes, save_figure
+from ado_tasks.probe import read_probe
+from ado_tasks.report import SILENT, Reporter
+from ado_tasks.storage import atomic_folder, read_json, write_json
+
+TEACHER = "teacher"
+FIGURES, PICTURE = "search.json", "search.png"
+
+
+@config
+class SearchConfig:
+    """What is wanted."""
+
+    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What was chosen."""
+
+    chosen: str  # number of its lane, or "teacher" where no probe is within the limits and faster
+    quality_loss: float  # see Lesson.quality_loss
+    speedup: float  # of one evaluation, over the teacher's
+
+
+def search(
+    config: SearchConfig, *, teacher: Path, probes: tuple[Path, ...], measured: Path, out: Path,
+    report: Reporter = SILENT,
+) -> SearchResult:  # fmt: skip
+    """Choose among the probes of the highest rung. Nothing is trained or timed here.
+
+    `out/` is the chosen network as a Diffusers folder, with search.json (every probe's figures, the front, the policy
+    and its reason) and search.png. Where nothing is within the policy's limits it is the teacher, which loses nothing.
+
+    Args:
+        config: see SearchConfig.
+        teacher: a Diffusers folder.
+        probes: folders made by `probe`, of all rungs.
+        measured: file made by `weigh`, of these probes.
+        out: models/searched.
+        report: where figures and the picture go.
+
+    Raises:
+        ArtifactError: a probe is damaged, or was not weighed.
+    """
+    said = {folder.name: read_probe(folder) for folder in probes}
+    if len(said) < len(probes):
+        raise ConfigError(f"probes: {', '.join(map(str, probes))}: two of one name; allowed: different ones")
+    weighed = read_json(measured, "networks")["networks"]
+    absent = sorted(name for name in (TEACHER, *said) if name not in weighed)
+    if absent:
+        raise ArtifactError(f"{measured}: probe {absent[0]} was not weighed; it has {', '.join(sorted(weighed))}")
+    everyone = {name: _measured(name, each["quality_loss"], weighed[name]) for name, each in said.items()}
+    everyone[TEACHER] = _measured(TEACHER, 0.0, weighed[TEACHER])
+    top = max(each["rung"] for each in said.values())
+    last = [everyone[name] for name, each in said.items() if each["rung"] == top] + [everyone[TEACHER]]
+    chosen = choose(last, config.policy) or everyone[TEACHER]
+    front = pareto_front(last)
+    folder = teacher if chosen.name == TEACHER else next(each for each in probes if each.name == chosen.name)
+    speedup = weighed[chosen.name]["speedup_vs_teacher"]["median"]
+    reason = _reason(chosen, last, config.policy, speedup)
+    with atomic_folder(out) as made:
+        stored = read_model(folder)
+        event = {"task": "search", "chosen": chosen.name, "policy": as_plain(config.policy)}
+        write_model(made, stored.unet, stored.scheduler_config, extended(stored.record, event))
+        plain = {
+            "chosen": chosen.name, "reason": reason, "policy": as_plain(config.policy),
+            "front": [each.name for each in front],
+            "probes": [_entry(each, said.get(each.name), weighed[each.name]) for each in everyone.values()],
+        }  # fmt: skip
+        write_json(made / FIGURES, plain)
+        _save_picture(made / PICTURE, everyone, said, top, front, chosen, config.policy)
+    report.metric("quality_loss", chosen.quality_loss)
+    report.metric("speedup", speedup)
+    report.picture("search", out / PICTURE)
+    return SearchResult(chosen.name, chosen.quality_loss, speedup)
+
+
+def _measured(name: str, quality_loss: float, weighed: Mapping[str, Any]) -> Measured:
+    memory = weighed["peak_memory_mb"]
+    return Measured(name, quality_loss, weighed["latency_ms_per_image"]["median"], 0.0 if memory is None else memory)
+
+
+def _reason(chosen: Measured, candidates: Sequence[Measured], policy: Policy, speedup: float) -> str:
+    limits = f"quality loss at most {policy.max_quality_loss:g}"
+    if policy.max_peak_memory_mb is not None:
+        limits += f", peak memory at most {policy.max_peak_memory_mb:g} MB"
+    if chosen.name == TEACHER:
+        return f"none of {len(candidates) - 1} probes is within the limits ({limits}) and faster: the teacher stays"
+    return (
+        f"the fastest of those within the limits ({limits}): {chosen.quality_loss:.3g} lost, {speedup:.2f} times as "
+        "fast as the teacher"
+    )
+
+
+def _entry(each: Measured, said: Mapping[str, Any] | None, weighed: Mapping[str, Any]) -> dict[str, Any]:
+    """A probe's figures; without the channels that it kept."""
+    kept = {key: value for key, value in (said or {}).items() if key not in {"kept", "curve"}}
+    return {"name": each.name, "quality_loss": each.quality_loss, **kept, **weighed}
+
+
+def _save_picture(
+    path: Path, everyone: Mapping[str, Measured], said: Mapping[str, Any], top: int, front: Sequence[Measured],
+    chosen: Measured, policy: Policy,
+) -> None:  # fmt: skip
+    figure = Figure((7, 4.5))
+    axes = plain_axes(figure)
+    for rung in range(top + 1):
+        mine = [everyone[name] for name, each in said.items() if each["rung"] == rung]
+        axes.scatter([e.cost for e in mine], [e.quality_loss for e in mine], s=22 + 14 * rung, label=f"rung {rung}",
+                     color=f"C{rung}", alpha=1.0 if rung == top else 0.45)  # fmt: skip
+    axes.plot([e.cost for e in front], [e.quality_loss for e in front], color="black", linewidth=0.8, label="front")
+    axes.scatter([chosen.cost], [chosen.quality_loss], s=160, facecolors="none", edgecolors="black", label="chosen")
+    axes.axhline(policy.max_quality_loss, color="C3", linewidth=0.8, linestyle="--", label="limit")
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("one evaluation, ms an image")
+    axes.set_ylabel("quality loss (the teacher: 0)")
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(path, figure)

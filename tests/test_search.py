@@ -1,0 +1,144 @@
+"""The tasks `probe` and `search`: what they refuse, what is chosen and why. (Purity: tests/pipeline/test_purity.py.)"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ado_tasks import rng
+from ado_tasks.architecture.choice import Policy
+from ado_tasks.config import parse
+from ado_tasks.diffusion.schedules import Cosine
+from ado_tasks.errors import ArtifactError, ConfigError
+from ado_tasks.interop.diffusers_folder import read_model, write_model
+from ado_tasks.models.initialise import initialise
+from ado_tasks.models.unet import UNet2D
+from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.prepare import PrepareConfig, prepare
+from ado_tasks.probe import ProbeConfig, probe, read_probe
+from ado_tasks.search import SearchConfig, search
+from ado_tasks.sensitivity import blocks_of, without
+from ado_tasks.storage import read_json, write_json
+
+SETTINGS: dict[str, Any] = {
+    "space": {"channels": [[4, 8]], "middle": ["none", "plain"]},
+    "race": {"sizes": [3, 1], "steps": [1, 1], "unguided": 2},
+    "tune": {"batch_size": 4, "shards": 1, "validation_images": 8},
+    "importance_batches": 1,
+}
+
+
+def network(width: int = 8) -> UNet2D:
+    config = UNet2DConfig(
+        sample_size=8, in_channels=1, out_channels=1, num_class_embeds=10, block_out_channels=(width,),
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1, norm_num_groups=4,
+        add_attention=False, time_embedding_dim=8,
+    )  # fmt: skip
+    unet = UNet2D(config)
+    initialise(unet, rng.key(0, "search"))
+    return unet
+
+
+def write(folder: Path, unet: UNet2D) -> Path:
+    write_model(folder, unet, Cosine().to_diffusers("v_prediction"), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("search")
+    parts = PrepareConfig(name="digits", source="digits", train=200, selection=100, report=100)
+    prepare(parts, out=folder / "data", seed=0)
+    write(folder / "teacher", network())
+    return folder
+
+
+def run(place: Path, lane: str, before: tuple[str, ...] = ()) -> Any:
+    return probe(
+        parse(ProbeConfig, SETTINGS, "probe"), teacher=place / "teacher", dataset=place / "data",
+        out=place / "probes" / lane, scratch=place / "scratch", seed=0,
+        before=tuple(place / "probes" / each for each in before),
+    )  # fmt: skip
+
+
+def test_lanes_take_what_the_race_gives_them(place: Path) -> None:
+    for lane in ("0", "1"):
+        run(place, lane)
+    run(place, "2", ("0", "1"))
+    run(place, "3", ("0", "1", "2"))
+    said = {lane: read_probe(place / "probes" / lane) for lane in "0123"}
+    assert len({tuple(each["point"]) for each in said.values()}) == 3
+    assert [each["rung"] for each in said.values()] == [0, 0, 0, 1]
+    events = [event["lane"] for event in read_model(place / "probes" / "3").record["history"]]
+    assert len(events) == 2 and events[-1] == 3 and said["3"]["point"] == said[str(events[0])]["point"]
+    for lane, before, message in (
+        ("4", (), "beyond the race's 4 lanes"), ("x", (), "named by the number of a lane"),
+        ("0", ("1",), "the 0 unguided ones"), ("2", ("0",), "the 2 unguided ones"),
+        ("3", ("0", "1"), "all 3 of the rung below"), ("3", ("0", "1", "3"), "all 3 of the rung below"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            run(place, lane, before)
+
+
+def fabricated(folder: Path, figures: dict[str, tuple[int, float, float]]) -> dict[str, Any]:
+    """Probes of (rung, quality loss, latency), a teacher of latency 1, and the file of `weigh`."""
+    weighed = {"teacher": entry(1.0)}
+    for lane, (rung, loss, latency) in figures.items():
+        write(folder / lane, network(4))
+        plain = {"point": [0], "rung": rung, "quality_loss": loss, "multiply_adds": 1, "parameters": 1, "kept": {}}
+        write_json(folder / lane / "probe.json", plain)
+        weighed[lane] = entry(latency)
+    write_json(folder / "probes.json", {"networks": weighed})
+    write(folder / "teacher", network())
+    return {
+        "teacher": folder / "teacher", "probes": tuple(folder / lane for lane in figures),
+        "measured": folder / "probes.json", "out": folder / "out",
+    }  # fmt: skip
+
+
+def entry(latency: float) -> dict[str, Any]:
+    spread = {name: latency for name in ("median", "min", "max")}
+    gain = {name: 1 / latency for name in spread}
+    return {"latency_ms_per_image": spread, "speedup_vs_teacher": gain, "peak_memory_mb": None}
+
+
+FIGURES = {"0": (0, 0.01, 0.1), "1": (1, 0.3, 0.4), "2": (1, 0.2, 0.5), "3": (1, 0.4, 0.45)}
+
+
+def test_the_fastest_within_the_limit_is_chosen_among_the_highest_rung(tmp_path: Path) -> None:
+    given = fabricated(tmp_path, FIGURES)
+    got = search(SearchConfig(Policy(max_quality_loss=0.25)), **given)
+    assert (got.chosen, got.quality_loss, got.speedup) == ("2", 0.2, 2.0)
+    said = read_json(tmp_path / "out" / "search.json", "chosen", "front", "reason", "probes")
+    assert said["front"] == ["1", "2", "teacher"]
+    assert "0.2 lost, 2.00 times as fast" in said["reason"]
+    assert len(said["probes"]) == 5
+    assert read_model(tmp_path / "out").unet.config.block_out_channels == (4,)
+    assert read_model(tmp_path / "out").record["history"][-1]["chosen"] == "2"
+
+
+def test_the_teacher_stays_where_no_probe_is_good_enough(tmp_path: Path) -> None:
+    got = search(SearchConfig(Policy(max_quality_loss=0.1)), **fabricated(tmp_path, FIGURES))
+    assert (got.chosen, got.speedup) == ("teacher", 1.0)
+    assert "the teacher stays" in read_json(tmp_path / "out" / "search.json", "reason")["reason"]
+    assert read_model(tmp_path / "out").unet.config.block_out_channels == (8,)
+
+
+def test_a_probe_that_was_not_weighed_is_named(tmp_path: Path) -> None:
+    given = fabricated(tmp_path, FIGURES)
+    write_json(tmp_path / "probes.json", {"networks": {"teacher": entry(1.0), "0": entry(1.0)}})
+    with pytest.raises(ArtifactError, match="probe 1 was not weighed"):
+        search(SearchConfig(), **given)
+    with pytest.raises(ConfigError, match="two of one name"):
+        search(SearchConfig(), **{**given, "probes": (tmp_path / "0", tmp_path / "0")})
+
+
+def test_a_block_left_out_passes_on_what_it_gets() -> None:
+    unet = network()
+    name = "mid_block.resnets.0"
+    assert set(blocks_of(unet)) == {
+        name, "mid_block.resnets.1", "down_blocks.0.resnets.0", "up_blocks.0.resnets.0", "up_blocks.0.resnets.1",
+    }  # fmt: skip
+    got = without(unet, name)
+    assert not got.mid_block.resnets[0].conv2.weight.any() and not got.mid_block.resnets[0].conv2.bias.any()
+    assert got.mid_block.resnets[1].conv2.weight.any()
