@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Bytecode is kept: without it every stage compiles its libraries anew (4 s).
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help demo airflow worker test install install-all openblas lint format bench bench-quality bars mlflow table clean lock parity preset
+.PHONY: help demo airflow worker test install install-all openblas lint format bench bench-quality bench-mac bars mlflow table clean lock parity preset
 
 UV_VERSION := 0.13.9
 # An existing uv is used; otherwise one is put into .uv/, from PyPI. Outside this folder only uv's cache grows (~/.cache/uv).
@@ -67,6 +67,11 @@ bench: install  ## speed of a training step against PyTorch, in turn
 BENCH ?=
 bench-quality: install parity  ## quality against evaluations and milliseconds: our variants, Diffusers' schedulers on the same weights
 	@$(RUN) python bench/quality.py $(BENCH)
+
+# Without PyTorch its parts are skipped, and the report says so.
+bench-mac: install  ## MLX against PyTorch and the whole chain against its teacher on this machine: a report to contribute (BENCH=--quick, --full)
+	@bash tests/install-parity.sh || echo "PyTorch was not installed: its parts are skipped"
+	@$(RUN) python bench/mac.py $(BENCH)
 
 bars: install  ## the full-size checks, too long for CI
 	@$(RUN) python -m pytest -m bars -s
