@@ -76,6 +76,8 @@ bench-mac: install  ## MLX against PyTorch and the whole chain against its teach
 bars: install  ## the full-size checks, too long for CI
 	@$(RUN) python -m pytest -m bars -s
 	@$(RUN) python bench/statistics_coverage.py --trials 1000
+	@$(MAKE) --no-print-directory demo
+	@$(RUN) python bench/usual_grids.py
 	@$(MAKE) --no-print-directory preset NAME=shapes16
 
 mlflow: install  ## look at the recorded runs in a browser
