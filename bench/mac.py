@@ -145,7 +145,9 @@ def inputs(path: Path, config: UNet2DConfig, count: int) -> str:
     height, width = size if isinstance(size, tuple) else (size, size)
     draw = rng.generator(SEED, "bench-mac", "inputs")
     shape = (count, height, width, config.in_channels)
-    arrays = {name: draw.standard_normal(shape).astype(np.float32) for name in ("images", "noise")}
+    arrays: dict[str, np.ndarray] = {
+        name: draw.standard_normal(shape).astype(np.float32) for name in ("images", "noise")
+    }
     arrays["t"] = draw.uniform(0, 999, count).astype(np.float32)
     if config.num_class_embeds:
         arrays["labels"] = np.arange(count, dtype=np.int32) % config.num_class_embeds

@@ -48,7 +48,7 @@ def training(job: Job) -> tuple[dict[str, Callable[[], object]], list[float]]:
     def run() -> float:
         value = step(batch, job["learning_rate"])
         mx.eval(value, step.parameters())
-        return float(value.item())
+        return float(np.array(value))
 
     return {"step": run}, [run() for _ in range(job["checked_steps"])]
 
