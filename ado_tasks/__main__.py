@@ -122,7 +122,7 @@ def task_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPar
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: %(default)s)")
     parser.add_argument("--section", default=name, help="dotted name of its section (default: %(default)s)")
     for parameter in _path_parameters(function):
-        optional, several = parameter.default is None, parameter.annotation == tuple[Path, ...]
+        optional, several = parameter.default is not parameter.empty, parameter.annotation == tuple[Path, ...]
         text = said.get(parameter.name, "").replace("%", "%%")
         if parameter.name == "scratch":
             parser.add_argument(
@@ -130,8 +130,9 @@ def task_parser(name: str, function: Callable[..., Any]) -> argparse.ArgumentPar
             )
         else:
             parser.add_argument(
-                _option(parameter), type=Path, required=not optional, nargs="+" if several else None, help=text
-            )
+                _option(parameter), type=Path, required=not optional, nargs="+" if several else None, help=text,
+                default=parameter.default if optional else None,
+            )  # fmt: skip
 
     width = shutil.get_terminal_size().columns - 2  # argparse leaves 2 as well
     lines = ["keys of its section in the params file:"]

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -101,7 +102,7 @@ class Stage:
 
 
 def stages() -> dict[str, Stage]:
-    """Every stage of dvc.yaml, in its order, as "train" or "distill@progressive"."""
+    """Every stage of dvc.yaml, each behind what it reads, as "train" or "distill@progressive"."""
     found, whole = {}, graph.read_graph(ROOT / "dvc.yaml")
     graph.set_methods(whole, list(PARAMS["distill"]))
     graph.set_search(whole, PARAMS["probe"])
@@ -120,7 +121,9 @@ def stages() -> dict[str, Stage]:
                 words[0], words[1:],
                 [filled(dep) for dep in stage["deps"] if dep not in code], [filled(out) for out in stage["outs"]],
             )  # fmt: skip
-    return found
+    makes = {out: name for name, stage in found.items() for out in stage.outs}
+    before = {name: {makes[path] for path in stage.data if path in makes} for name, stage in found.items()}
+    return {name: found[name] for name in TopologicalSorter(before).static_order()}
 
 
 STAGES = stages()
