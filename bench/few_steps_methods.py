@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ado_tasks.config import parse, section
+from ado_tasks.config import as_plain, parse, section
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.optimise.consistency import ConsistencyConfig
+from ado_tasks.optimise.cost import consistency_passes, progressive_passes, training_passes
 from ado_tasks.optimise.students import DistillConfig
 
 Section = DistillConfig | ConsistencyConfig
 STEPS = (2, 1)  # of the students that are compared
-HALF = 0.5  # of a network's cost lies before its middle features; what is behind them is not computed for the head
 CONSISTENCY = {  # where the workspace's params.yaml has none: that of params.consistency.yaml
     "method": "consistency", "steps": 1200, "batch_size": 64, "learning_rate": 3.0e-3, "ema_decay": 0.99,
     "level_mean": 0.0, "q": 8.0, "stages": 2, "student_steps": [2, 1],
@@ -82,26 +82,11 @@ def _parts(found: Any, where: str) -> tuple[Part, ...]:
 
 
 def cost(config: Section) -> float:
-    """Network evaluations of a distillation, all stages; a backward pass is two."""
+    """Network evaluations of a distillation, all stages; a backward pass is two (`optimise/cost.py`)."""
+    plain = as_plain(config)
     if isinstance(config, ConsistencyConfig):
-        # Two forward passes and a backward one; then each point is searched for with one more evaluation than the last.
-        searched = sum(config.search_levels * (k + 1) for k in range(1, max(config.student_steps)))
-        return 4.0 * config.steps * config.batch_size + searched * config.search_samples
-    total, before = 0.0, config.teacher_steps
-    for stage, steps in enumerate(config.student_steps):
-        total += config.steps_of(stage) * config.batch_size * (before // steps + 3)
-        if config.matching:
-            each = _matching_cost(config, steps, before // steps, config.adversarial_weight_of(stage) > 0)
-            total += config.matching_steps_of(stage) * config.matching.batch_size * each
-        before = steps
-    return total
-
-
-def _matching_cost(config: DistillConfig, steps: int, substeps: int, adversarial: bool) -> float:
-    """Evaluations a sample: sampled, seen by teacher and critic, held to its regression; then two that learn."""
-    assert config.matching is not None
-    plain = steps + 2 + (substeps if config.matching.regression else 0) + 3 + 3
-    return plain + (HALF * 2 + HALF * 3 if adversarial else 0)  # back to the sample; real images, forth and back
+        return float(consistency_passes(plain, max(config.student_steps)).evaluations)
+    return float(progressive_passes(plain, config.student_steps[-1]).evaluations)
 
 
 def scaled(config: Section, budget: float) -> Section:
@@ -120,6 +105,9 @@ def scaled(config: Section, budget: float) -> Section:
 
 def training_cost(teacher: Path) -> float:
     """Evaluations that the teacher's own training took: a forward and a backward pass of every image."""
-    history = read_model(teacher).record["history"]
-    trained = next(done["config"] for done in history if done["task"] == "train")
-    return 3.0 * trained["steps"] * trained["batch_size"]
+    spent = training_passes(read_model(teacher).record)
+    if spent is None:
+        raise ConfigError(
+            f"{teacher}: was not trained here, so that no budget follows from it; allowed: a teacher of `train`"
+        )
+    return float(spent.evaluations)
