@@ -16,14 +16,13 @@ from ado_tasks.backend import mx, on_cpu
 from ado_tasks.config import config
 from ado_tasks.diffusion.grids import uniform_time
 from ado_tasks.diffusion.solvers import SOLVERS
-from ado_tasks.errors import HardwareError
-from ado_tasks.hardware.fingerprint import this_machine
+from ado_tasks.hardware.fingerprint import machine_of
 from ado_tasks.hardware.latency import Spread, interleaved, speedups
 from ado_tasks.hardware.steps import FEW, MANY, line
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Sampler
-from ado_tasks.storage import read_json, write_json
+from ado_tasks.storage import write_json
 from ado_tasks.variants import Variant, all_variants, read_knots
 
 REFERENCE = "teacher-50"  # speed-ups are against it: same batch, device and precision
@@ -69,11 +68,7 @@ def measure(
     Raises:
         HardwareError: the profile is another machine's.
     """
-    machine, planned = this_machine(), read_json(profile, "id")
-    if planned["id"] != machine.identity:
-        raise HardwareError(
-            f"{profile} is of machine {planned['id']}, this is {machine.identity}: run `profile` here first"
-        )
+    machine = machine_of(profile)
     stored = read_model(teacher)
     variants = all_variants(stored, students, schedules)
     start = _start(variants[0], config.batch_size, seed)

@@ -15,8 +15,7 @@ from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.config import config
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
-from ado_tasks.errors import HardwareError
-from ado_tasks.hardware.fingerprint import this_machine
+from ado_tasks.hardware.fingerprint import machine_of
 from ado_tasks.hardware.latency import Spread, interleaved
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.models.layers import DropoutKeys
@@ -25,7 +24,7 @@ from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.weights import flat_parameters
 from ado_tasks.pictures import plain_axes, save_figure
 from ado_tasks.report import SILENT, Reporter
-from ado_tasks.storage import read_json, write_json
+from ado_tasks.storage import write_json
 
 WHOLE = "whole network"
 
@@ -69,11 +68,7 @@ def sensitivity(
         ConfigError: the teacher makes other images than the dataset's.
         HardwareError: the profile is another machine's.
     """
-    machine, planned = this_machine(), read_json(profile, "id")
-    if planned["id"] != machine.identity:
-        raise HardwareError(
-            f"{profile} is of machine {planned['id']}, this is {machine.identity}: run `profile` here first"
-        )
+    machine = machine_of(profile)
     stored, data = read_model(teacher), open_dataset(dataset)
     stored.unet.config.check_data(data.shape, data.num_classes, f"{teacher}/unet/config.json")
     lesson = Lesson(

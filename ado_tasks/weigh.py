@@ -11,14 +11,13 @@ from pydantic import Field
 from ado_tasks import rng
 from ado_tasks.backend import mx, on_cpu
 from ado_tasks.config import config
-from ado_tasks.errors import HardwareError
-from ado_tasks.hardware.fingerprint import this_machine
+from ado_tasks.hardware.fingerprint import machine_of
 from ado_tasks.hardware.latency import Spread, interleaved, speedups
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.parallel import sharded_apply
 from ado_tasks.report import SILENT, Reporter
-from ado_tasks.storage import read_json, write_json
+from ado_tasks.storage import write_json
 
 TEACHER = "teacher"  # its name among the networks
 TIMESTEP = 500.0  # told to every network; which one does not matter to its cost
@@ -62,11 +61,7 @@ def weigh(
     Raises:
         HardwareError: the profile is another machine's.
     """
-    machine, planned = this_machine(), read_json(profile, "id")
-    if planned["id"] != machine.identity:
-        raise HardwareError(
-            f"{profile} is of machine {planned['id']}, this is {machine.identity}: run `profile` here first"
-        )
+    machine = machine_of(profile)
     networks = {TEACHER: read_model(teacher).unet} | {folder.name: read_model(folder).unet for folder in probes}
     actions = {name: _evaluation(unet, config, seed) for name, unet in networks.items()}
     memory = {name: _peak_memory_mb(action) for name, action in actions.items()}

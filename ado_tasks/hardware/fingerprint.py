@@ -11,6 +11,7 @@ from typing import Any
 
 from ado_tasks.backend import mx, numeric_fingerprint
 from ado_tasks.errors import HardwareError
+from ado_tasks.storage import read_json
 
 CPU_INFO = Path("/proc/cpuinfo")
 MEMORY_INFO = Path("/proc/meminfo")
@@ -41,6 +42,20 @@ def this_machine() -> Machine:
     """The machine that this process runs on; takes a few milliseconds."""
     numeric = numeric_fingerprint()
     return Machine(_chip(), usable_cores(), _memory_gib(), platform.system(), numeric["device"], numeric)
+
+
+def machine_of(profile: Path) -> Machine:
+    """This machine, if a file made by `profile` is of it.
+
+    Raises:
+        HardwareError: the profile is another machine's.
+    """
+    machine, planned = this_machine(), read_json(profile, "id")
+    if planned["id"] != machine.identity:
+        raise HardwareError(
+            f"{profile} is of machine {planned['id']}, this is {machine.identity}: run `profile` here first"
+        )
+    return machine
 
 
 def check_target(target: str) -> Machine:
