@@ -18,6 +18,7 @@ from ado_tasks.sampling import Draw
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import diffusers_schedulers as theirs
 import quality
+import quality_report
 
 UNET = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8],
@@ -49,12 +50,12 @@ def test_ours_is_chosen_in_validation_and_theirs_is_the_best_at_no_more_evaluati
     assert (found["ours"], found["best"]) == ("calibrated dpmpp_2m@5", "Heun@3")
     assert found["ratio"] == 0.75
     assert found["met"] is False
-    assert "MISSED" in quality.verdict_line(found)
+    assert "MISSED" in quality_report.verdict_line(found)
     [found] = quality.verdicts(rows, {5: 0.75})
     assert found["met"] is True
     [found] = quality.verdicts(rows, {10: 0.9})
     assert found["met"] is None
-    assert "no verdict" in quality.verdict_line(found)
+    assert "no verdict" in quality_report.verdict_line(found)
 
 
 def test_pictures_are_compared_clipped_and_only_where_the_grids_are_one():
@@ -81,7 +82,7 @@ def test_samples_are_made_once_for_what_they_depend_on(tmp_path):
 
 def test_the_picture_has_a_row_without_figures_left_out(tmp_path):
     rows = [row("DDIM@4", "diffusers", 4, 0.1) | {"ms": 1.0}, row("DDIM@5", "diffusers", 5, None) | {"ms": 2.0}]
-    quality.save_picture(tmp_path / "picture.png", rows)
+    quality_report.save_picture(tmp_path / "picture.png", rows)
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
