@@ -286,7 +286,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=1000, help="samples a row")
     parser.add_argument("--paired", type=int, default=1000, help="of them, compared with the fine solution")
     parser.add_argument("--fine-steps", type=int, default=500, help="steps of the fine solution")
-    parser.add_argument("--draws", type=int, default=50, help="random halves behind each FD")
+    parser.add_argument("--draws", type=int, default=400, help="random halves behind each FD")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--batch", type=int, default=256, help="images through a network at a time")
     parser.add_argument(
