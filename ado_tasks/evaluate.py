@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ado_tasks import rng
 from ado_tasks.config import as_plain, config
-from ado_tasks.datasets.shards import open_dataset
+from ado_tasks.datasets.shards import Dataset, open_dataset
 from ado_tasks.diffusion import grids
 from ado_tasks.errors import ArtifactError
 from ado_tasks.evaluation.calibration import compare_grids
@@ -137,7 +137,7 @@ def evaluate(
         "config": as_plain(config),
     }  # fmt: skip
     with atomic_files(out, last="evaluate.json") as folder:
-        rows = {"real, report part": data.split("report").batch(np.arange(PICTURED))}
+        rows = {"real, report part": _real(data)}
         rows |= {name: images[:PICTURED] for name, images in samples.items()}
         save_grid(folder / "samples.png", rows)
         save_quality(folder / "quality.png", entries, frozen["margin"])
@@ -146,6 +146,13 @@ def evaluate(
     for name in ("samples", "quality", "paired"):
         report.picture(name, out / f"{name}.png")
     return EvaluateResult(chosen, len(variants))
+
+
+def _real(data: Dataset) -> Images:
+    """Images for the picture: those whose labels begin the samples'; without classes (patches lie by block) spread."""
+    part = data.split("report")
+    spread = np.linspace(0, len(part) - 1, PICTURED).astype(np.int64)
+    return part.batch(np.arange(PICTURED) if data.num_classes else spread)
 
 
 class _Samplers:

@@ -8,12 +8,15 @@ weights. Per row:
 - mean squared distance to the teacher's fine solution of the same noise, in pixels and in features;
 - milliseconds an image, whole samplings of all rows in turn.
 
-Sanity: our DDIM and Diffusers' make the same picture. Bar: feature distance of our learned schedule (the solver that
+Sanity: our DDIM and Diffusers' make the same picture (in float32: MLX on CUDA rounds products to TF32 unless
+MLX_ENABLE_TF32=0 is set). Bar: feature distance of our learned schedule (the solver that
 was nearest in `calibrate`'s validation) over that of the best of Diffusers' schedulers at as many evaluations.
 
     python bench/quality.py --workspace . --nfe 4 5 6 8 10
 
-Samples are kept under --scratch by what they depend on: an interrupted run goes on, a second one only times.
+Where the workspace has no schedule for a number of evaluations, one is learned, for angle_ab2 and DPM-Solver++(2M).
+Samples and schedules are kept under --scratch by what they depend on: an interrupted run goes on, a second one only
+times.
 """
 
 import argparse
@@ -30,6 +33,8 @@ import diffusers_schedulers as theirs
 import numpy as np
 from quality_report import OURS, save_picture, show
 
+from ado_tasks.calibrate import CalibrateConfig, calibrate
+from ado_tasks.config import as_plain
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion import grids
 from ado_tasks.errors import AdoError, ConfigError
@@ -41,7 +46,7 @@ from ado_tasks.metrics.kernel import kid_from_sums
 from ado_tasks.metrics.paired import paired_distance, paired_less
 from ado_tasks.models.classifier import load_features
 from ado_tasks.registry.workspace import Workspace
-from ado_tasks.report import Terminal
+from ado_tasks.report import Reporter, Terminal
 from ado_tasks.sampling import Draw, Images, Sampler, draw
 from ado_tasks.storage import atomic_file, sha256_tree, write_json
 from ado_tasks.variants import calibrated_variant, read_knots, schedule_of, student_variants, teacher_variants
@@ -91,7 +96,23 @@ class Samplers:
         return self._theirs[folder]
 
 
-def our_rows(root: Path, nfe: Sequence[int], samplers: Samplers) -> list[Row]:
+def learned_schedules(workspace: Workspace, nfe: Sequence[int], scratch: Path, report: Reporter) -> list[Path]:
+    """Folders of learned schedules: the workspace's, and one learned here for the evaluations that it has none for."""
+    own, model = workspace.root / "schedules" / "teacher", workspace.root / "models" / "teacher"
+    missing = tuple(sorted({n for n in nfe if n > 1} - {entry["nfe"] for entry in read_knots(own)}))
+    if not missing:
+        return [own]
+    config = CalibrateConfig(nfe=missing, solvers=("dpmpp_2m", "angle_ab2"))
+    told = json.dumps([as_plain(config), sha256_tree(model), open_dataset(workspace.data).sha256])
+    learned = scratch / "schedules" / hashlib.sha256(told.encode()).hexdigest()[:16]
+    if not learned.exists():
+        calibrate(
+            config, model=model, dataset=workspace.data, out=learned, seed=workspace.params["seed"], report=report
+        )
+    return [own, learned]
+
+
+def our_rows(root: Path, schedules: Sequence[Path], nfe: Sequence[int], samplers: Samplers) -> list[Row]:
     """The teacher with plain DDIM, with each learned schedule, and every student."""
     folder = root / "models" / "teacher"
     teacher, rows = read_model(folder), []
@@ -106,7 +127,7 @@ def our_rows(root: Path, nfe: Sequence[int], samplers: Samplers) -> list[Row]:
 
     for variant in teacher_variants(teacher, tuple(sorted({*nfe, REFERENCE_STEPS}))):
         add("teacher ddim", folder, variant)
-    for entry in read_knots(root / "schedules" / "teacher"):
+    for entry in (entry for where in schedules for entry in read_knots(where)):
         if entry["nfe"] in nfe:
             variant = calibrated_variant(f"calibrated-{entry['nfe']}", teacher, entry)
             add(f"calibrated {entry['solver']}", folder, variant, entry["distance"])
@@ -234,7 +255,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     start = draw(options.seed, DRAW, options.n, part)
     samplers = Samplers(options.batch, options.shards)
     others, failed = their_rows(root, options.nfe, samplers, start.first(1))
-    rows = our_rows(root, options.nfe, samplers) + others
+    schedules = learned_schedules(workspace, options.nfe, options.scratch, progress)
+    rows = our_rows(root, schedules, options.nfe, samplers) + others
     sums = {row.model: sha256_tree(row.model) for row in rows}
     common = [options.seed, options.n, data.sha256, options.batch]
 
