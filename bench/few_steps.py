@@ -281,6 +281,10 @@ def save_picture(path: Path, rows: Sequence[Mapping[str, Any]], margin: float) -
     for share in of_teacher:
         right.axvline(share, color="#8a8f98", linewidth=1)
     right.set_xscale("symlog", linthresh=0.2)
+    for axes, ticks in ((left, (0, 0.01, 0.02, 0.05, 0.1, 0.2)), (right, (0.1, 0.2, 0.5, 1.0, 2.0))):
+        low, high = axes.get_xlim()
+        shown = [tick for tick in ticks if low <= tick <= high]
+        axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
     right.set_xlabel("FD over training images / floor\n(dashed: bar; grey: teacher)")
     names = [f"{row['name']}, {row['steps']} step{'s' * (row['steps'] != '1')}" for row in reversed(students)]
     left.set_yticks(range(len(names)), names, fontsize=8)

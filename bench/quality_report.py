@@ -41,7 +41,8 @@ def save_picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_ylim(top=HIGHEST * max(row["paired_features"] or 0 for row in rows if row["side"] == OURS))
+        if farthest := max((row["paired_features"] or 0 for row in rows if row["side"] == OURS), default=0):
+            axes.set_ylim(top=HIGHEST * farthest)
         axes.set_xlabel(label)
         axes.set_ylabel("squared distance to the fine solution\n(same noise, own features)")
         if cost == "nfe":
