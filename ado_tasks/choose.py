@@ -20,7 +20,9 @@ from ado_tasks.storage import read_json, write_json
 from ado_tasks.verdict import named_report_errors
 
 SECTION = "choose"
+PARAMS = Path("params.yaml")
 TEACHER = "teacher"  # the family whose network learned schedules run on
+CALIBRATED = "calibrated"  # the family of those schedules that were judged by their images
 
 Limit = Annotated[float | None, Field(gt=0)]
 
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         epilog="Where a limit on quality is given, the cheapest way that keeps it is taken; else the best within the\n"
         "limits on cost. With no limit: the cheapest that is non-inferior to the teacher at 50 steps.",
     )  # fmt: skip
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="its section `choose` is read")
+    parser.add_argument("--params", type=Path, help=f"its section `choose` is read (default: {PARAMS}, if there)")
     parser.add_argument("--reports", type=Path, default=Path("reports"), help="folder (default: %(default)s)")
     parser.add_argument("--schedules", type=Path, default=Path("schedules/teacher"), help="folder made by `calibrate`")
     parser.add_argument("--out", type=Path, metavar="JSON", help="also write the choice there")
@@ -59,7 +61,8 @@ def main(arguments: Sequence[str]) -> int:
         )
     parser.add_argument("--quality", choices=("kid", "distance"), help="what is made least where neither is limited")
     options = parser.parse_args(arguments)
-    section = read_params(options.params).get(SECTION, {}) if options.params.exists() else {}
+    params = options.params or (PARAMS if PARAMS.exists() else None)
+    section = {} if params is None else read_params(params).get(SECTION, {})
     given = {name: getattr(options, name) for name in (*LIMITS, "quality") if getattr(options, name) is not None}
     wanted = parse(ChooseConfig, {**(section or {}), **given}, SECTION)
 
@@ -96,13 +99,14 @@ def ways(quality: dict[str, Any], index: dict[str, Any], measured: dict[str, Any
     variants = {entry["name"]: entry for entry in quality["variants"]}
     judged = {entry["name"]: entry["upper_end"] for entry in quality["choice"]}
     found: dict[str, list[Way]] = {TEACHER: [Way("teacher-50", "ddim", 50, kid=0.0)]}  # beside itself
-    for entry in index["schedules"]:
-        name = f"{entry['solver']}-{entry['nfe']}"
-        found[TEACHER].append(Way(name, entry["solver"], entry["nfe"], distance=entry["distance"]))
+    nearness = {(entry["solver"], entry["nfe"]): entry["distance"] for entry in index["schedules"]}
+    for (solver, nfe), distance in nearness.items():
+        found[TEACHER].append(Way(f"{solver}-{nfe}", solver, nfe, distance=distance))
     for name, upper in judged.items():
         family, solver = name.rpartition("-")[0], variants[name]["solver"].partition("+")[0]
-        network = TEACHER if family == "calibrated" else family
-        found.setdefault(network, []).append(Way(name, solver, variants[name]["nfe"], kid=upper))
+        nfe, calibrated = variants[name]["nfe"], family == CALIBRATED
+        distance = nearness.get((solver, nfe)) if calibrated else None  # one of the schedules above, judged
+        found.setdefault(TEACHER if calibrated else family, []).append(Way(name, solver, nfe, upper, distance))
     return [
         way
         for network, each in found.items()

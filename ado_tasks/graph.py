@@ -6,22 +6,25 @@ them from a params file.
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 
 from ado_tasks.closure import import_closure
 from ado_tasks.config import read_params, section
-from ado_tasks.errors import ConfigError
+from ado_tasks.errors import AdoError, ConfigError
 from ado_tasks.search_stages import set_search
 from ado_tasks.storage import write_text
 
 GRAPH = Path("dvc.yaml")
 NUMERIC_VERSIONS = "numeric-versions.json"
 _CODE = "ado_tasks/"
+_FAMILY = re.compile(r"[A-Za-z][\w-]*", re.ASCII)
+_TAKEN = ("teacher", "calibrated", "searched", "probes", "architecture")  # other stages' folders and variants
 
 
 def task_of(command: str) -> str:
@@ -33,8 +36,10 @@ def task_of(command: str) -> str:
 
 
 def code_deps(task: str) -> list[str]:
-    """What a stage of this task must list among its `deps` besides its data."""
+    """What a stage of this task must list among its `deps` besides its data. Raises ConfigError for no task."""
     root = Path(__file__).resolve().parent.parent
+    if not (root / _CODE / f"{task}.py").is_file():  # its closure would be empty: no code would be watched
+        raise ConfigError(f"'python -m ado_tasks {task} …': no such task; allowed: those that `ado --help` lists")
     closure = import_closure(f"ado_tasks.{task}")
     return [*(path.relative_to(root).as_posix() for path in closure), NUMERIC_VERSIONS]
 
@@ -50,8 +55,20 @@ def missing_deps(graph: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def read_graph(path: Path = GRAPH) -> Any:
-    """`dvc.yaml` with its comments, as ruamel reads it (DVC's own YAML library)."""
-    return _yaml().load(path.read_text())
+    """`dvc.yaml` with its comments, as ruamel reads it (DVC's own YAML library).
+
+    Raises:
+        ConfigError: it is missing, not YAML, or has no stages.
+    """
+    try:
+        graph = _yaml().load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ConfigError(f"{path}: cannot be read ({problem.strerror})") from None
+    except (YAMLError, ValueError) as problem:  # ValueError: not UTF-8
+        raise ConfigError(f"{path}: not valid YAML: {problem}") from None
+    if not isinstance(graph, Mapping) or not isinstance(graph.get("stages"), Mapping):
+        raise ConfigError(f"{path}: has no stages; allowed: a graph such as the repository's {GRAPH}")
+    return graph
 
 
 def write_code_deps(path: Path = GRAPH) -> None:
@@ -69,8 +86,14 @@ def renew_code_deps(graph: Any) -> None:
 
 
 def set_methods(graph: Any, methods: Sequence[str]) -> None:
-    """Let `distill` run these methods, and every stage that compares students take their families, in this order."""
-    matrix = graph["stages"]["distill"]["matrix"]
+    """Let `distill` run these methods, and every stage that compares students take their families, in this order.
+
+    Raises:
+        ConfigError: the graph has no stage `distill` with a matrix.
+    """
+    matrix = graph["stages"].get("distill", {}).get("matrix")
+    if not matrix:
+        raise ConfigError(f"{GRAPH}: stages.distill has no matrix of methods, so none can be set")
     former = [f"models/{method}" for method in matrix["method"]]
     matrix["method"][:] = list(methods)  # the list stays on its line
     families = [f"models/{method}" for method in methods]
@@ -85,10 +108,20 @@ def set_methods(graph: Any, methods: Sequence[str]) -> None:
 
 
 def methods_in(params: Path) -> list[str]:
-    """The methods that a params file has sections for, under `distill`. Raises ConfigError where it has none."""
+    """The methods that a params file has sections for, under `distill`.
+
+    Raises:
+        ConfigError: it has none, or one whose name cannot be a folder's beside models/teacher.
+    """
     found = section(read_params(params), "distill", str(params))
     if not isinstance(found, Mapping) or not found:
         raise ConfigError(f"{params}: distill: {found!r} is not allowed: a section for each method is required")
+    for name in found:
+        if not isinstance(name, str) or not _FAMILY.fullmatch(name) or name in _TAKEN:
+            raise ConfigError(
+                f"{params}: distill.{name}: is the name of a folder under models/; allowed: letters, digits, _ and -, "
+                f"with a letter first, and none of {', '.join(_TAKEN)}"
+            )
     return list(found)
 
 
@@ -114,15 +147,19 @@ def main() -> int:
         help="distil by each method that has a section in this file, and search where it has a section probe",
     )  # fmt: skip
     options = parser.parse_args()
-    if options.write:
-        write_code_deps()
-    if options.methods_of is not None:
-        graph = read_graph()
-        set_methods(graph, methods_in(options.methods_of))
-        set_search(graph, read_params(options.methods_of).get("probe"))
-        renew_code_deps(graph)
-        _write(graph, GRAPH)
-    missing = missing_deps(read_graph())
+    try:
+        if options.write:
+            write_code_deps()
+        if options.methods_of is not None:
+            graph = read_graph()
+            set_methods(graph, methods_in(options.methods_of))
+            set_search(graph, read_params(options.methods_of).get("probe"))
+            renew_code_deps(graph)
+            _write(graph, GRAPH)
+        missing = missing_deps(read_graph())
+    except AdoError as problem:
+        print(f"ado_tasks.graph: {type(problem).__name__}: {problem}", file=sys.stderr)
+        return problem.exit_code
     for stage, paths in missing.items():
         print(f"{stage}: deps do not list {', '.join(paths)}", file=sys.stderr)
     return 1 if missing else 0

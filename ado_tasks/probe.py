@@ -121,7 +121,7 @@ def _proposal(
     if not points:
         raise ConfigError("probe.space: no combination of its choices is a network; allowed: at least one")
     expected = race.unguided if lane.place >= race.unguided else 0
-    said = [read_probe(folder) for folder in sorted(before, key=lambda each: int(each.name))]
+    said = list(_told(before).values())
     if len(said) != expected or any(each["rung"] for each in said):
         raise ConfigError(f"--before: {len(said)} probes; allowed with lane {lane.place}: the {expected} unguided ones")
     order = rng.generator(seed, "probe", "proposals").permutation(len(points))
@@ -142,6 +142,14 @@ def read_probe(folder: Path) -> dict[str, Any]:
     return read_json(folder / FIGURES, "point", "rung", "quality_loss", "multiply_adds", "parameters", "kept")
 
 
+def _told(before: Sequence[Path]) -> dict[int, dict[str, Any]]:
+    """What probes say of themselves, by lane. Raises ConfigError: names that are no lanes, or one lane twice."""
+    numbers = [folder.name for folder in before]
+    if not all(map(str.isdecimal, numbers)) or len(set(map(int, numbers))) < len(numbers):
+        raise ConfigError(f"--before {' '.join(map(str, before))}: allowed: different folders named by their lanes")
+    return {int(folder.name): read_probe(folder) for folder in sorted(before, key=lambda each: int(each.name))}
+
+
 def _lane(out: Path, race: RaceConfig) -> Lane:
     if not out.name.isdecimal():
         raise ConfigError(f"--out {out}: allowed: a folder named by the number of a lane")
@@ -155,7 +163,7 @@ def _goes_on(
     before: Sequence[Path], lane: Lane, race: RaceConfig
 ) -> tuple[Point, UNet2D, dict[str, Rows], dict[str, Any]]:
     """The survivor that this lane goes on with: its point, network, channels and record."""
-    said = {int(folder.name): read_probe(folder) for folder in before}
+    said = _told(before)
     if len(said) != race.sizes[lane.rung - 1] or any(each["rung"] != lane.rung - 1 for each in said.values()):
         raise ConfigError(f"--before: {len(before)} probes; allowed: all {race.sizes[lane.rung - 1]} of the rung below")
     folders = {int(folder.name): folder for folder in before}

@@ -50,10 +50,11 @@ def search(
         teacher: a Diffusers folder.
         probes: folders made by `probe`, of all rungs.
         measured: file made by `weigh`, of these probes.
-        out: models/searched.
+        out: models/architecture.
         report: where figures and the picture go.
 
     Raises:
+        ConfigError: two probes of one name, or a limit on memory that nothing was measured for.
         ArtifactError: a probe is damaged, or was not weighed.
     """
     said = {folder.name: read_probe(folder) for folder in probes}
@@ -63,6 +64,7 @@ def search(
     absent = sorted(name for name in (TEACHER, *said) if name not in weighed)
     if absent:
         raise ArtifactError(f"{measured}: probe {absent[0]} was not weighed; it has {', '.join(sorted(weighed))}")
+    _check_memory(config.policy, measured, weighed)
     everyone = {name: _measured(name, each["quality_loss"], weighed[name]) for name, each in said.items()}
     everyone[TEACHER] = _measured(TEACHER, 0.0, weighed[TEACHER])
     top = max(each["rung"] for each in said.values())
@@ -87,6 +89,15 @@ def search(
     report.metric("speedup", speedup)
     report.picture("search", out / PICTURE)
     return SearchResult(chosen.name, chosen.quality_loss, speedup)
+
+
+def _check_memory(policy: Policy, measured: Path, weighed: Mapping[str, Any]) -> None:
+    """A limit that nothing is held against would be kept by all. Raises ConfigError."""
+    if policy.max_peak_memory_mb is not None and any(each["peak_memory_mb"] is None for each in weighed.values()):
+        raise ConfigError(
+            f"search.policy.max_peak_memory_mb: {policy.max_peak_memory_mb:g} is not allowed with {measured}, in which "
+            "no peak memory was measured (a CPU counts none); allowed: null"
+        )
 
 
 def _measured(name: str, quality_loss: float, weighed: Mapping[str, Any]) -> Measured:

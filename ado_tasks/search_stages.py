@@ -9,6 +9,7 @@ from typing import Any
 
 from ado_tasks.architecture.race import RaceConfig
 from ado_tasks.config import parse
+from ado_tasks.errors import ConfigError
 
 SEARCHED = "models/searched"  # the family of students of the chosen architecture
 NAMES = ("probe", "weigh", "search", "sensitivity", "distill_searched")  # how the stages' names begin
@@ -18,8 +19,10 @@ def search_stages(probe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The stages, in their order, without the code among their deps. `probe` is that section of the params file.
 
     Raises:
-        ConfigError: the race's section is not allowed.
+        ConfigError: the section is no mapping, or the race's in it is not allowed.
     """
+    if not isinstance(probe, Mapping):
+        raise ConfigError(f"probe: {probe!r} is not allowed: a mapping of keys, such as race and tune")
     race = parse(RaceConfig, probe.get("race", {}), "probe.race")
     stages: dict[str, dict[str, Any]] = {}
     lanes: list[str] = []

@@ -24,6 +24,7 @@ MEASURED = Path(".ado/hardware")  # where `ado profile --measured` is told to ke
 def main(arguments: Sequence[str]) -> int:
     """Print the settings, each with its reason; as JSON with --json."""
     options = _parser().parse_args(arguments)
+    _check_numbers(options)
     machine = _machine(options)
     config = _network(options)
     overrides = dict(_override(text) for text in options.set)
@@ -75,8 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Raises ConfigError: a number under 1, or a machine given twice over."""
+    for name in ("size", "batch", "memory"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}: {value} is not allowed: a whole number from 1")
+    if options.memory is not None and options.chip is None:
+        raise ConfigError(f"--memory: {options.memory} without --chip; allowed: the memory of a chip named by --chip")
+    if options.chip is not None and options.hardware is not None:
+        raise ConfigError(f"--chip {options.chip}, --hardware {options.hardware}: two machines; allowed: one of them")
+
+
 def _machine(options: argparse.Namespace) -> Capability:
-    if options.chip:
+    if options.chip is not None:
         return apple_chip(options.chip, options.memory)
     path = options.hardware or MEASURED / this_machine().identity / "hardware.json"
     if not path.exists():

@@ -11,6 +11,7 @@ from pydantic import Field
 from ado_tasks import rng
 from ado_tasks.backend import mx, on_cpu
 from ado_tasks.config import config
+from ado_tasks.errors import ConfigError
 from ado_tasks.hardware.fingerprint import machine_of
 from ado_tasks.hardware.latency import Spread, interleaved, speedups
 from ado_tasks.interop.diffusers_folder import read_model
@@ -59,8 +60,14 @@ def weigh(
         report: where progress and figures go.
 
     Raises:
+        ConfigError: two networks of one name.
         HardwareError: the profile is another machine's.
     """
+    names = [TEACHER, *(folder.name for folder in probes)]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"probes: {', '.join(map(str, probes))}: two of one name, or one named {TEACHER}; allowed: different ones"
+        )
     machine = machine_of(profile)
     networks = {TEACHER: read_model(teacher).unet} | {folder.name: read_model(folder).unet for folder in probes}
     actions = {name: _evaluation(unet, config, seed) for name, unet in networks.items()}

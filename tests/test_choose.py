@@ -54,6 +54,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--ms-per-image", "0.5"], ["progressive-1: ddim, 1 evaluation an image, batches of 64"]),
         (["--ms-per-batch", "7"], ["progressive-2: ddim, 2 evaluations an image, batches of 1."]),
         (["--kid", "0.013"], ["calibrated-8: ipndm, 8 evaluations"]),
+        (["--kid", "0.013", "--distance", "0.0007"], ["calibrated-8: ipndm", "at most +0.0120", "solution 0.0006"]),
         (["--distance", "0.006"], ["ipndm-4: ipndm, 4 evaluations", "distance to the fine solution 0.005"]),
         (["--quality", "distance", "--ms-per-image", "1.65"], ["ddim-4: ddim, 4 evaluations an image, batches of 64"]),
         (["--ms-per-image", "100"], ["teacher-50: ddim, 50 evaluations"]),
@@ -88,6 +89,11 @@ def test_an_impossible_budget_names_the_least_that_would_do(place: Path, capsys:
     assert "BudgetError: no way to sample keeps ms an image ≤ 0.1; the least that would do: ms an image ≤ 0.4 (" in said
     assert main(["choose", "--ms-per-image", "0.4"]) == 0
     assert main(["choose", "--kid", "-1"]) == ConfigError.exit_code
+
+
+def test_params_that_are_named_have_to_be_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["choose", "--params", "nix.yaml"]) == ConfigError.exit_code
+    assert "nix.yaml: cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["no steps", "no time", "no name"])

@@ -120,6 +120,44 @@ def test_a_search_is_in_the_graph_where_params_have_one(tmp_path: Path, monkeypa
         assert "models/searched" in stages[name]["deps"]
 
 
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (None, "given.yaml: cannot be read"),
+        ("distill: []", "a section for each method is required"),
+        ("distill: {teacher: {}}", "distill.teacher: is the name of a folder"),
+        ("distill: {a b: {}}", "distill.a b: is the name of a folder"),
+        ("distill: {1: {}}", "distill.1: is the name of a folder"),
+        ("distill: {progressive: {}}\nprobe: 3", "probe: 3 is not allowed"),
+    ],
+)
+def test_params_that_give_no_graph_are_named_and_the_graph_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], params: str | None, said: str
+) -> None:
+    before = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_text(before, encoding="utf-8")
+    if params is not None:
+        (tmp_path / "given.yaml").write_text(params)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["graph", "--methods-of", "given.yaml"])
+    assert graph.main() == ConfigError.exit_code
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize("text", [None, "", "foo: {}", ": [", "stages: {a: {cmd: python -m ado_tasks nix, deps: []}}"])
+def test_a_graph_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str | None
+) -> None:
+    """A task that is none has no code to list: its stage would pass the check, and never run anew."""
+    if text is not None:
+        (tmp_path / "dvc.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["graph"])
+    assert graph.main() == ConfigError.exit_code
+    assert capsys.readouterr().err.startswith("ado_tasks.graph: ConfigError: ")
+
+
 def test_the_preset_of_the_search_is_the_small_one_but_for_what_it_searches() -> None:
     small, search = (read_params(ROOT / f"params{name}.yaml") for name in ("", ".search"))
     added = {"probe", "weigh", "search", "sensitivity", "distill_searched"}

@@ -19,6 +19,7 @@ from ado_tasks.probe import ProbeConfig, probe, read_probe
 from ado_tasks.search import SearchConfig, search
 from ado_tasks.sensitivity import blocks_of, without
 from ado_tasks.storage import read_json, write_json
+from ado_tasks.weigh import WeighConfig, weigh
 
 SETTINGS: dict[str, Any] = {
     "space": {"channels": [[4, 8]], "middle": ["none", "plain"]},
@@ -74,6 +75,8 @@ def test_lanes_take_what_the_race_gives_them(place: Path) -> None:
     for lane, before, message in (
         ("4", (), "beyond the race's 4 lanes"), ("x", (), "named by the number of a lane"),
         ("0", ("1",), "the 0 unguided ones"), ("2", ("0",), "the 2 unguided ones"),
+        ("2", ("0", "0"), "different folders"), ("3", ("0", "1", "1"), "different folders"),
+        ("2", ("0", "nix"), "different folders"),
         ("3", ("0", "1"), "all 3 of the rung below"), ("3", ("0", "1", "3"), "all 3 of the rung below"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
@@ -131,6 +134,22 @@ def test_a_probe_that_was_not_weighed_is_named(tmp_path: Path) -> None:
         search(SearchConfig(), **given)
     with pytest.raises(ConfigError, match="two of one name"):
         search(SearchConfig(), **{**given, "probes": (tmp_path / "0", tmp_path / "0")})
+
+
+def test_a_limit_on_memory_needs_memory_that_was_measured(tmp_path: Path) -> None:
+    given = fabricated(tmp_path, FIGURES)
+    with pytest.raises(ConfigError, match="max_peak_memory_mb: 1 is not allowed"):
+        search(SearchConfig(Policy(max_quality_loss=0.25, max_peak_memory_mb=1.0)), **given)
+    assert not given["out"].exists()
+
+
+def test_networks_to_weigh_have_different_names(tmp_path: Path) -> None:
+    """One would be timed under the name of the other; one named teacher in the teacher's place."""
+    for probes in ((tmp_path / "a" / "1", tmp_path / "b" / "1"), (tmp_path / "teacher",)):
+        with pytest.raises(ConfigError, match="two of one name"):
+            weigh(
+                WeighConfig(), teacher=tmp_path / "t", probes=probes, profile=tmp_path / "p", out=tmp_path / "w", seed=0
+            )
 
 
 def test_a_block_left_out_passes_on_what_it_gets() -> None:

@@ -58,9 +58,11 @@ def choose_settings(
         overrides: values of OVERRIDES that are taken as they are.
 
     Raises:
-        ConfigError: an override that is none.
+        ConfigError: an override that is none, or a batch of no image.
         HardwareError: the network does not fit, even one image at a time: says how much memory would do.
     """
+    if wanted_batch < 1:
+        raise ConfigError(f"batch: {wanted_batch}; allowed: a whole number from 1")
     given = _checked(overrides or {})
     reasons: dict[str, str] = {}
     precision = _pick(given, reasons, "precision", _precision(machine))
@@ -110,7 +112,13 @@ def _checked(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
             raise ConfigError(f"settings.{name}: {value!r}; allowed: a whole number from 1")
         if name in ("checkpointing", "compile") and not isinstance(value, bool):
             raise ConfigError(f"settings.{name}: {value!r}; allowed: true or false")
+        if name.endswith("_gib") and value is not None and not _is_memory(value):
+            raise ConfigError(f"settings.{name}: {value!r}; allowed: GiB from 0, or null to leave it")
     return overrides
+
+
+def _is_memory(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _pick(given: Mapping[str, Any], reasons: dict[str, str], name: str, chosen: tuple[Any, str]) -> Any:

@@ -107,15 +107,16 @@ def choose(ways: Sequence[Way], budget: Budget, tolerance: float = TOLERANCE) ->
 
     Raises:
         BudgetError: none keeps the limits; it names the smallest that would do, or that there is none.
-        StatisticsError: nothing is known of any way's quality.
+        StatisticsError: nothing is known of any way's quality, or of none all that a limit is given for.
     """
     limits = budget.limits()
     asked = [name for name in QUALITIES if name in limits]
     measure = asked[0] if asked else budget.quality
-    known = [way for way in ways if way.value(measure) is not None]
+    needed = asked or [measure]
+    known = [way for way in ways if all(way.value(name) is not None for name in needed)]
     if not known:
         raise StatisticsError(
-            f"{measure}: of no way to sample is it known; allowed: {' or '.join(QUALITIES)}, measured"
+            f"{' and '.join(needed)}: known of no way to sample; allowed: {' or '.join(QUALITIES)}, measured"
         )
     kept = [way for way in known if all(_keeps(way, name, limit) for name, limit in limits.items())]
     if not kept:
@@ -127,7 +128,7 @@ def choose(ways: Sequence[Way], budget: Budget, tolerance: float = TOLERANCE) ->
     way = min(equal, key=lambda way: (quality(way), way.nfe, way.batch, way.ms_per_image, way.name))
     said = ", ".join(f"{LIMITS[name]} ≤ {limit:.4g}" for name, limit in limits.items()) or "no limit"
     rule = "the cheapest" if asked else f"the least {LIMITS[measure]}"
-    reason = f"{rule} of {len(kept)} ways that keep {said}, of {len(known)} whose {measure} is known"
+    reason = f"{rule} of {len(kept)} ways that keep {said}, of {len(known)} whose {' and '.join(needed)} is known"
     return Choice(way, len(kept), len(known), reason)
 
 

@@ -146,3 +146,28 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     with pytest.raises(HardwareError, match=r"not measured yet; allowed: .ado profile"):
         command.main(["--params", str(params), "--size", "16", "--hardware", str(tmp_path / "none.json")])
     assert GIB == 2**30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch", "0"], "--batch: 0"),
+        (["--batch", "-3"], "--batch: -3"),
+        (["--size", "0"], "--size: 0"),
+        (["--size", "-8"], "--size: -8"),
+        (["--memory", "0"], "--memory: 0"),
+        (["--hardware", "there.json"], "two machines"),
+        (["--set", "wired_limit_gib=foo"], "settings.wired_limit_gib: 'foo'"),
+        (["--set", "cache_limit_gib=-1"], "settings.cache_limit_gib: -1"),
+        (["--set", "cache_limit_gib=NaN"], "settings.cache_limit_gib: nan"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_named(tmp_path, arguments: list[str], said: str) -> None:
+    (tmp_path / "params.yaml").write_text("train: {model: {sample_size: 8}}\n")
+    with pytest.raises(ConfigError, match=said):
+        command.main(["--chip", "Apple M2", "--params", str(tmp_path / "params.yaml"), *arguments])
+
+
+def test_memory_is_of_a_chip_that_is_named() -> None:
+    with pytest.raises(ConfigError, match="without --chip"):
+        command.main(["--memory", "16"])

@@ -114,6 +114,9 @@ def test_where_no_single_limit_can_be_given_up_that_is_said() -> None:
 def test_what_nobody_measured_is_not_chosen_by() -> None:
     with pytest.raises(StatisticsError, match="distance"):
         choose([Way("a", "ddim", 1, kid=0.1)], Budget(ms_per_image=1.0, quality="distance"))
+    apart = [Way("a", "ddim", 1, kid=0.1), Way("b", "ddim", 2, distance=0.1)]
+    with pytest.raises(StatisticsError, match="kid and distance: known of no way"):
+        choose(apart, Budget(kid=0.5, distance=0.5))
     unknown = [Way("a", "ddim", 1), Way("b", "ddim", 2, kid=0.1, ms_per_batch=9.0)]
     assert choose(unknown, Budget(kid=0.5)).way.name == "b"
 
