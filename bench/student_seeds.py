@@ -4,11 +4,14 @@
 
 WORKSPACE is a folder in which the graph has run (`make demo`, `make preset`). Students of its own seed are there
 already (models/<family>); those of the seeds given are made as params.yaml says, under WORKSPACE/.ado/seeds. What is
-there is kept: an interrupted run goes on. All are then held against the same samples of the teacher, on the report
-part: reports/seeds/evaluate.json, and the spread in reports/seeds/seeds.json and on the screen.
+there for the same teacher and settings is kept: an interrupted run goes on. All are then held against the same samples
+of the teacher, on the report part: reports/seeds/evaluate.json, and the spread in reports/seeds/seeds.json and on the
+screen.
 """
 
 import argparse
+import hashlib
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ado_tasks.config import parse, section
+from ado_tasks.config import as_plain, parse, section
+from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.distill import distill
 from ado_tasks.errors import AdoError
 from ado_tasks.evaluate import EvaluateConfig, evaluate
@@ -27,19 +31,22 @@ from ado_tasks.optimise.consistency import ConsistencyConfig
 from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.report import Terminal
-from ado_tasks.storage import read_json, write_json
+from ado_tasks.storage import read_json, sha256_tree, write_json
 
 METHODS: Any = DistillConfig | ConsistencyConfig
 
 
 def students_of(workspace: Workspace, family: str, seed: int) -> Path:
-    """The folder of a family taught with another seed; made where it is not there."""
-    folder = workspace.root / ".ado" / "seeds" / f"{family}-s{seed}"
+    """The folder of a family taught with another seed; made where it is not there for this teacher and settings."""
+    settings = parse(METHODS, section(workspace.params, f"distill.{family}"), "distill")
+    teacher = workspace.root / "models" / "teacher"
+    told = json.dumps([settings.method, as_plain(settings), sha256_tree(teacher), open_dataset(workspace.data).sha256])
+    folder = workspace.root / ".ado" / "seeds" / hashlib.sha256(told.encode()).hexdigest()[:12] / f"{family}-s{seed}"
     if not folder.exists():
-        settings = parse(METHODS, section(workspace.params, f"distill.{family}"), "distill")
         distill(
-            settings, teacher=workspace.root / "models" / "teacher", dataset=workspace.data, out=folder,
-            scratch=folder.parent / "scratch" / folder.name, seed=seed, report=Terminal(f"seed {seed}"),
+            settings, teacher=teacher, dataset=workspace.data, features=workspace.features,
+            anchor=workspace.root / "anchor", out=folder, scratch=folder.parent / "scratch" / folder.name, seed=seed,
+            report=Terminal(f"seed {seed}"),
         )  # fmt: skip
     return folder
 

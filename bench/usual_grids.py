@@ -45,6 +45,8 @@ def main() -> int:
     parser.add_argument("--solvers", nargs="+", default=["ddim", "ipndm", "dpmpp_2m", "angle_ab2"])
     parser.add_argument("--samples", type=int, default=512, help="noises")
     options = parser.parse_args()
+    if options.samples < 2:
+        parser.error(f"--samples: {options.samples} is not allowed; allowed: 2 and more")
     place = Workspace(options.workspace)
     try:
         rows = compared(place, options.solvers, options.samples)
