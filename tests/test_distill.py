@@ -104,6 +104,24 @@ def test_the_adversarial_term_is_resumed_recorded_and_of_the_students_that_have_
     assert done[1]["config"]["matching"]["adversarial"] == {"weight": [0.0, 0.1], "critic_weight": 0.1}
 
 
+def test_targets_of_several_steps_at_once_are_those_of_each_and_a_run_is_resumed_between(taught: Path) -> None:
+    options = {"teacher": taught / "teacher", "dataset": taught / "data", "scratch": taught / "scratch", "seed": 0}
+    common = {"teacher_steps": 8, "student_steps": (4,), "stage_steps": 17, "batch_size": 8}
+    distill(DistillConfig(**common), **options, out=taught / "one")
+    for name, every in (("together, stopped", 5), ("together", 1000)):
+        config = DistillConfig(**common, targets_together=3, checkpoint_every=every)
+        if every == 5:  # the fourth of five threes begins with step 9: step 10 is its second
+            with pytest.raises(KeyboardInterrupt):
+                distill(config, **options, out=taught / name, report=Stop(10))
+        distill(config, **options, out=taught / name)
+    one, whole, stopped = (weights(taught, name, 4) for name in ("one", "together", "together, stopped"))
+    for name, array in whole.items():
+        np.testing.assert_array_equal(stopped[name], array, err_msg=name)
+        np.testing.assert_allclose(one[name], array, atol=1e-5, err_msg=name)
+    said = [read_json(taught / name / "4" / "ado.json")["history"][-1]["config"] for name in ("one", "together")]
+    assert [config.get("targets_together") for config in said] == [None, 3]
+
+
 class Stop:
     """A reporter that stops the run where so many steps of all stages are done."""
 

@@ -97,7 +97,7 @@ def _record(stored: StoredModel, config: DistillConfig, steps: int, seed: int) -
     method = "progressive, matching" if matched else "progressive"
     if matched and config.adversarial_weight_of(stage):
         method += ", adversarial"
-    settings = as_recorded(config, stop="never")
+    settings = as_recorded(config, stop="never", targets_together=1)
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key
     done = {"task": "distill", "method": method, "steps": steps, "config": settings, "seed": seed}

@@ -29,6 +29,7 @@ from ado_tasks.report import Reporter
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 V = TypeVar("V", int, float)
+ASKED = ("z", "times", "labels")  # of a draw: what the teacher's target is computed from, in this order
 
 
 @config
@@ -46,6 +47,7 @@ class DistillConfig:
     loss: Literal["truncated_snr", "v"] = "truncated_snr"  # weight on ‖x̂ − x̃‖² (Salimans & Ho 2022, §4)
     charbonnier: Annotated[float, Field(ge=0)] = 0.0  # c of √(w‖·‖² + c²) − c, a pixel; 0: the paper's squared error
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
+    targets_together: Annotated[int, Field(ge=1)] = 1  # steps whose targets are computed at once: faster, more memory
     checkpoint_every: Annotated[int, Field(ge=1)] = 250  # steps
     matching: MatchingConfig | None = None  # what each student learns after its stage: see optimise/matching.py
     stop: Literal["never", "inferior"] = "never"  # inferior: no student follows one that is not as good as the teacher
@@ -118,7 +120,7 @@ class Stage:
         step = TrainStep(self.loss(unet), teacher, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
         curve = self._repeat(
             step, f"distill_{self.interval.student_steps}", self.config.steps_of(self.number),
-            lambda index: self.batch(part, targets, index), self.learning_rate_at, checkpoints, report, 0,
+            self.batches(part, targets), self.learning_rate_at, checkpoints, report, 0,
         )  # fmt: skip
         return step.parameters(), curve
 
@@ -189,8 +191,32 @@ class Stage:
 
         return loss
 
-    def batch(self, part: Split, targets: Callable[..., mx.array], step: int) -> dict[str, mx.array]:
-        """z_t at the starts of intervals i ~ U{0..N−1}, and x̃, of one step: all drawn from (seed, stage, step)."""
+    def batches(self, part: Split, targets: Callable[..., mx.array]) -> Callable[[int], dict[str, mx.array]]:
+        """The batch of each step, with its targets: of as many steps at once as `targets_together` says.
+
+        A teacher does not learn, so what it is asked does not depend on the steps between; a small batch keeps a CPU
+        waiting. Steps belong together by their number: a resumed run asks for the same ones.
+        """
+        together, total = self.config.targets_together, self.config.steps_of(self.number)
+        known: dict[int, dict[str, mx.array]] = {}
+
+        def batch(step: int) -> dict[str, mx.array]:
+            if step not in known:
+                known.clear()
+                first = step - step % together
+                drawn = [self.draw(part, each) for each in range(first, min(first + together, total))]
+                asked = [mx.concatenate([each[name] for each in drawn]) for name in drawn[0] if name in ASKED]
+                answers = mx.split(targets(*asked), len(drawn))
+                for number, (each, answer) in enumerate(zip(drawn, answers, strict=True)):
+                    known[first + number] = {**each, "t": each["times"][:, 0], "target": answer}
+            found = dict(known[step])
+            del found["times"]
+            return found
+
+        return batch
+
+    def draw(self, part: Split, step: int) -> dict[str, mx.array]:
+        """z_t at the starts of intervals i ~ U{0..N−1} of one step: all drawn from (seed, stage, step)."""
         size, steps = self.config.batch_size, self.interval.student_steps
         rows = images_of_step(len(part), size, rng.derive(self.seed, "distill", steps), step)
         images = mx.array(part.batch(rows))
@@ -200,14 +226,10 @@ class Stage:
         times = self.interval.times(index)
         alpha, sigma = (mx.array(level.astype(np.float32)) for level in self.schedule.alpha_sigma(times[:, 0]))
         noise = mx.random.normal(images.shape, key=rng.key(self.seed, "distill", steps, "noise", step))
-        z = expand(alpha, noise) * images + expand(sigma, noise) * noise
-        labels = labels_of(part, rows)
-        clock = mx.array(times.astype(np.float32))
         log_snr = mx.array(self.schedule.log_snr(times[:, 0]).astype(np.float32))
         return {
-            "z": z,
-            "t": clock[:, 0],
-            "target": targets(z, clock, *labels.values()),
+            "z": expand(alpha, noise) * images + expand(sigma, noise) * noise,
+            "times": mx.array(times.astype(np.float32)),
             "weight": losses.weight(self.config.loss)(log_snr),
-            **labels,
+            **labels_of(part, rows),
         }
