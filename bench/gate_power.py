@@ -6,7 +6,7 @@
 The features are whitened ones of the digits demo: of real images, of a champion's samples (progressive-4), of a worse
 model's (the teacher at 4 steps, same noise). Gaussian mixtures are fitted to the first two; challengers are the
 champion's mixture moved towards the worse model's until their true KID is a given share of the margin worse. Every
-trial draws challenger, champion and reference anew, at the demo's sizes, and asks the gate itself. Bars (issue 3):
+trial draws challenger, champion and reference anew, at the demo's sizes, and asks the gate itself. Bars:
 upper 95 % Clopper-Pearson bound of approvals at exactly the margin <= 6 %; approvals at no difference >= 80 %.
 """
 
