@@ -168,7 +168,7 @@ def save_picture(path: Path, lines: list[dict[str, Any]]) -> None:
     axes.axhline(BOUND_BAR, xmin=0.75, color="#8a8f98", linestyle=":", linewidth=1)
     axes.axvline(1, color="#3a9d5d", alpha=0.5, linewidth=1)
     axes.set_xlabel("true KID(challenger) − KID(champion), in margins")
-    axes.set_ylabel("approved")
+    axes.set_ylabel("share of challengers approved")
     axes.legend(frameon=False, title="challenger and champion drawn from")
     save_figure(path, figure)
 
