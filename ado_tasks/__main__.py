@@ -95,8 +95,8 @@ def build_parser(given: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ado", description="Adaptive Diffusion Optimizer.", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(
-            ["tasks (stages of dvc.yaml):", *(f"  {name:<10} {text}" for name, text in TASKS.items()), "",
-             "others:", *(f"  {name:<10} {text}" for name, text in EDGE_COMMANDS.items()), "",
+            ["tasks (stages of dvc.yaml):", *(f"  {name:<11} {text}" for name, text in TASKS.items()), "",
+             "others:", *(f"  {name:<11} {text}" for name, text in EDGE_COMMANDS.items()), "",
              "ado <command> --help says what a command reads, writes and is configured by."]
         ),
         add_help=False,

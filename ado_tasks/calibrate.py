@@ -325,8 +325,9 @@ def _save_picture(path: Path, entries: list[dict[str, Any]]) -> None:
         axes.set_ylim(-0.5, len(rows) - 0.2)
         axes.invert_xaxis()
         axes.set_xlabel("time t: noise at the left, clean at the right")
-        axes.set_ylabel("evaluations")
+        axes.set_ylabel("network evaluations an image")
         axes.set_title(
-            f"{solver}: learned knots (dots), uniform (bars),\ndistance over the best usual grid's", fontsize=9
+            f"{solver}: learned knots (dots), uniform (bars);\nright: squared distance over the best usual grid's",
+            fontsize=9,
         )
     save_figure(path, figure)

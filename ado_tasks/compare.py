@@ -21,7 +21,7 @@ from ado_tasks.storage import read_json
 from ado_tasks.verdict import named_report_errors
 
 WIDTH = 150  # characters, where no terminal says: all columns in full
-CALIBRATION_SHARE, DISTILLATION_RATIO = 0.10, 3.0  # of the teacher's training, at most, on digits: issue 4's bars
+CALIBRATION_SHARE, DISTILLATION_RATIO = 0.10, 3.0  # of the teacher's training, at most, on digits: bars set beforehand
 CHAINS = ("progressive",)  # families whose students are each made from the one before
 COLUMNS = {
     "variant": "variant",

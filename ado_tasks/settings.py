@@ -1,4 +1,4 @@
-"""Command `settings`: what to run a network with on a machine, and why."""
+"""`ado settings`: what to run a network with on a machine, and why."""
 
 import argparse
 import json

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ado_tasks.fit.calibration import drawn_configs, timed, works
 from ado_tasks.fit.cost import fit_cost_model
@@ -38,6 +39,10 @@ def picture(path: Path, predicted: list[float], measured: list[float], title: st
     axes.plot(measured, predicted, "o", markersize=4)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers, few enough not to touch
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     axes.set_xlabel("measured, ms")
     axes.set_ylabel("predicted, ms")
     axes.set_title(title, fontsize=9)

@@ -1,4 +1,4 @@
-"""Seconds that Airflow's DAG processor spends in each DAG file, beyond Airflow itself. Bar (issue 3): at most 0.5.
+"""Seconds that Airflow's DAG processor spends in each DAG file, beyond Airflow itself. Bar: at most 0.5.
 
     python bench/dag_import.py [--rounds 7]      (in a clone in which `make install-all` ran)
 

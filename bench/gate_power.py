@@ -6,7 +6,7 @@
 The features are whitened ones of the digits demo: of real images, of a champion's samples (progressive-4), of a worse
 model's (the teacher at 4 steps, same noise). Gaussian mixtures are fitted to the first two; challengers are the
 champion's mixture moved towards the worse model's until their true KID is a given share of the margin worse. Every
-trial draws challenger, champion and reference anew, at the demo's sizes, and asks the gate itself. Bars (issue 3):
+trial draws challenger, champion and reference anew, at the demo's sizes, and asks the gate itself. Bars:
 upper 95 % Clopper-Pearson bound of approvals at exactly the margin <= 6 %; approvals at no difference >= 80 %.
 """
 
@@ -168,7 +168,7 @@ def save_picture(path: Path, lines: list[dict[str, Any]]) -> None:
     axes.axhline(BOUND_BAR, xmin=0.75, color="#8a8f98", linestyle=":", linewidth=1)
     axes.axvline(1, color="#3a9d5d", alpha=0.5, linewidth=1)
     axes.set_xlabel("true KID(challenger) − KID(champion), in margins")
-    axes.set_ylabel("approved")
+    axes.set_ylabel("share of challengers approved")
     axes.legend(frameon=False, title="challenger and champion drawn from")
     save_figure(path, figure)
 

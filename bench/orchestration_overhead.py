@@ -5,7 +5,7 @@
 
 Without --run it triggers `reoptimize` twice with these overrides: as it is, then forced, so that every stage's result
 is known. A stage's overhead is the time from the end of the last task that it waited for to its own end, less what its
-command took: scheduling, the process of the task, a workspace, DVC, checkpoints, the record in MLflow. Bars (issue 3):
+command took: scheduling, the process of the task, a workspace, DVC, checkpoints, the record in MLflow. Bars:
 at most 5 s for a stage that runs, 6 s for a cached one; the forced run ends within 30 s + 6 s a stage. In a first run
 a stage's outputs are pushed to the remote too: that is a part of it.
 """
@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 DAG, GROUP = "reoptimize", "stages."
-RUNS_BAR_S, CACHED_BAR_S, FORCED_BAR_S = 5.0, 6.0, 30.0  # issue 3
+RUNS_BAR_S, CACHED_BAR_S, FORCED_BAR_S = 5.0, 6.0, 30.0  # set beforehand
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ from ado_tasks.variants import calibrated_variant, read_knots, schedule_of, stud
 
 DRAW = "bench-quality"  # name of the noise: nothing is chosen on it
 FINE_SOLVER = "dpmpp_2m"  # at the same number of steps nearer to the exact solution than DDIM (JOURNAL, 2026-11-23)
-BARS = {5: 0.7, 10: 0.9}  # issue 4: most that our feature distance may be, times the best of Diffusers', by NFE
+BARS = {5: 0.7, 10: 0.9}  # set beforehand: most that our feature distance may be, times the best of Diffusers', by NFE
 REFERENCE_STEPS = 50  # of the teacher's DDIM, a row always
 SAME_PICTURE = 1e-3  # largest difference of a pixel in [-1, 1] between two implementations of DDIM
 THEIRS = "diffusers"

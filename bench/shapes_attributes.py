@@ -1,4 +1,4 @@
-"""Do few-step pictures of drawn shapes show what was asked for, and the teacher's sample? Issue 4's attribute bars.
+"""Do few-step pictures of drawn shapes show what was asked for, and the teacher's sample?
 
 A finished workspace of drawn shapes is measured (data, features, models/teacher, models/<family>/<steps>). All rows
 start from the same noise and labels, a draw that nothing was chosen on. Shape, colour, size and place are read by
@@ -42,7 +42,7 @@ from ado_tasks.variants import Variant, schedule_of, student_variants, teacher_v
 
 DRAW = "shapes-attributes"  # name of the noise: nothing is chosen on it
 REFERENCE = 50  # DDIM steps of the teacher that students are held against
-ALLOWED = 0.02  # issue 4: by how much of all pictures a student may fall behind
+ALLOWED = 0.02  # by how much of all pictures a student may fall behind
 BLUR_PIXELS, NOISE_LEVELS = 0.7, 8.0  # of the worse images that the readers are tried on
 COLUMNS = ("shape", "colour", "size", "cx", "cy")  # of index.parquet: what only drawn shapes have
 

@@ -45,16 +45,16 @@ def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float
 def save_paired(path: Path, entries: Sequence[Mapping[str, Any]], calibration: Sequence[Mapping[str, Any]]) -> None:
     """Mean squared pixel distance to the teacher's fine solution at the same noise, by evaluations an image."""
     figure = Figure(figsize=(11.0, 4.0))
-    axes = plain_axes(figure, (1, 2, 1))
+    left = plain_axes(figure, (1, 2, 1))
     for family, rows in _families(entries).items():
-        axes.plot(
+        left.plot(
             [row["nfe"] for row in rows], [row["paired_distance"] for row in rows], marker="o", markersize=5,
             linewidth=1.2, color=COLOURS.get(family), label=LABELS.get(family, family),
         )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_ylabel("squared distance to the fine solution\n(same noise, a pixel)")
-    _cost_axis(axes)
+    left.set_title("every variant", fontsize=9)
     axes = plain_axes(figure, (1, 2, 2))
+    axes.sharex(left)
+    axes.sharey(left)
     for solver, colour in SOLVER_COLOURS.items():
         rows = sorted((row for row in calibration if row["solver"] == solver), key=lambda row: row["nfe"])
         if not rows:
@@ -63,8 +63,11 @@ def save_paired(path: Path, entries: Sequence[Mapping[str, Any]], calibration: S
         best = [row["baselines"][row["best_baseline"]]["value"] for row in rows]
         axes.plot(nfe, best, linestyle="--", marker="s", markersize=4, color=colour, label=f"{solver}, best usual grid")
         axes.plot(nfe, [row["learned"] for row in rows], marker="o", color=colour, label=f"{solver}, learned steps")
-    axes.set_yscale("log")
-    _cost_axis(axes)
+    axes.set_title("the teacher's learned steps, beside the usual ones", fontsize=9)
+    for each in (left, axes):
+        each.set_yscale("log")
+        each.set_ylabel("squared distance to the fine solution\n(same noise, a pixel)")
+        _cost_axis(each)
     save_figure(path, figure)
 
 

@@ -14,7 +14,7 @@ COLOURS = {"float32": "tab:blue", "float16": "tab:orange", "bfloat16": "tab:gree
 
 def save_roofline(path: Path, machine: Capability) -> None:
     """Write it as PNG: operations a second over operations a byte, both logarithmic."""
-    figure = Figure(figsize=(6.4, 4.2))
+    figure = Figure(figsize=(7.4, 4.2))
     axes = plain_axes(figure)
     probes = [probe for probe in machine.probes if probe.gflops > 0 and probe.gb_s > 0]
     intensities = [probe.gflops / probe.gb_s for probe in probes] or [1.0, 1000.0]
@@ -23,7 +23,8 @@ def save_roofline(path: Path, machine: Capability) -> None:
         peak = machine.peak_gflops.get(precision, 0.0)
         if peak <= 0:
             continue
-        axes.plot(x, np.minimum(peak, machine.bandwidth_gb_s * x), color=colour, linewidth=1.2)
+        roof = np.minimum(peak, machine.bandwidth_gb_s * x)
+        axes.plot(x, roof, color=colour, linewidth=1.2, label=f"roof, {precision}")
         for kind, marker in MARKERS.items():
             own = [probe for probe in probes if (probe.kind, probe.precision) == (kind, precision)]
             points = [(probe.gflops / probe.gb_s, probe.gflops) for probe in own]
@@ -36,5 +37,5 @@ def save_roofline(path: Path, machine: Capability) -> None:
     said = "published figures" if machine.predicted else "measured"
     axes.set_title(f"{machine.chip} ({machine.device}), {machine.bandwidth_gb_s:.0f} GB/s, {said}", fontsize=9)
     if probes:
-        axes.legend(frameon=False, fontsize=7, loc="upper left")
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(path, figure)

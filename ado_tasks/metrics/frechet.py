@@ -11,7 +11,7 @@ import numpy as np
 from ado_tasks.errors import StatisticsError
 from ado_tasks.metrics.checks import AnyArray, FloatArray, features, group_codes, same_count, same_width
 
-MIN_DRAWS = 50  # the smallest number of draws a reported floor or excess may rest on (issue 2's bar)
+MIN_DRAWS = 50  # the smallest number of draws a reported floor or excess may rest on
 RANGE = (0.025, 0.975)  # docs/science.md, Metrics: the floor is given with its 95 % range
 
 
