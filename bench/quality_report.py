@@ -20,18 +20,21 @@ OURS = "ours"  # the side of a row; the other is Diffusers'
 def save_picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Two panels: feature distance to the fine solution by evaluations, and by milliseconds an image; log axes.
 
-    Samplers that diverge (Diffusers' Heun on a v network does) lie above its edge; the table has them.
+    Samplers that diverge (Diffusers' Heun on a v network does) are not in it; the table has them.
     """
     figure = Figure(figsize=(12.5, 5.2))
     families = list(dict.fromkeys(row["family"] for row in rows))
     sides = {row["family"]: row["side"] for row in rows}
+    farthest = max((row["paired_features"] or 0 for row in rows if row["side"] == OURS), default=0) or np.inf
     for column, (cost, label) in enumerate(
         (("nfe", "network evaluations an image"), ("ms", "milliseconds an image, this machine"))
     ):
         axes = plain_axes(figure, (1, 2, column + 1))
         for number, family in enumerate(families):
             points = sorted((row for row in rows if row["family"] == family), key=lambda row: row["nfe"])
-            points = [row for row in points if row["paired_features"] and row[cost]]
+            points = [row for row in points if 0 < (row["paired_features"] or 0) <= HIGHEST * farthest and row[cost]]
+            if not points:
+                continue
             ours = sides[family] == OURS
             axes.plot(
                 [row[cost] for row in points], [row["paired_features"] for row in points],
@@ -41,8 +44,6 @@ def save_picture(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
-        if farthest := max((row["paired_features"] or 0 for row in rows if row["side"] == OURS), default=0):
-            axes.set_ylim(top=HIGHEST * farthest)
         axes.set_xlabel(label)
         axes.set_ylabel("squared distance to the fine solution\n(same noise, own features)")
         if cost == "nfe":
