@@ -225,7 +225,7 @@ def _first(challenger: Figures, policy: GatePolicy) -> list[Check]:
     The margin is a tenth of what the teacher loses from 50 steps to 4; that of a teacher after 100 training steps is
     eight times the demo's. So the teacher is held against real images: its FD beyond that of as many fresh training
     images, in floors (FD of two halves of real images). At 1 it adds as much as chance makes of real images alone;
-    the digits' teacher adds 0.13, that of the coloured shapes 0.31, the digits' at only 4 DDIM steps 0.90. And the
+    the digits' teacher adds 0.07, that of the coloured shapes 0.31, the digits' at only 4 DDIM steps 0.86. And the
     variant's classes must be recognised: the relative check asks only that they are no worse than the teacher's.
     """
     beyond = (challenger["teacher"].get("fd_over_train") or {}).get("ratio_to_floor")
