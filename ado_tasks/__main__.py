@@ -183,6 +183,7 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
     if "scratch" in paths and paths["scratch"] is None:
         paths["scratch"] = Path(".ado/scratch") / options.section
     check_out(paths["out"], is_file=name in MEASURED)
+    limit_memory(params)
     extra = {"seed": seed} if "seed" in inspect.signature(function).parameters else {}
     if name in UNRECORDED:
         result = function(settings, **paths, **extra)
@@ -196,6 +197,17 @@ def run_task(name: str, arguments: Sequence[str]) -> int:
             result = function(settings, **paths, **extra, report=Tee((recorder, stopper)))
     print(f"{options.section}: {result}", file=sys.stderr)
     return 0
+
+
+def limit_memory(params: dict[str, Any]) -> None:
+    """Hold this process to the memory limits of the params file's section `hardware`, where that means something."""
+    from ado_tasks import config  # noqa: PLC0415
+    from ado_tasks.fit.limits import set_limits  # noqa: PLC0415
+    from ado_tasks.profile import ProfileConfig  # noqa: PLC0415
+
+    if params.get("hardware"):
+        limits = config.parse(ProfileConfig, params["hardware"], "hardware")
+        set_limits(limits.wired_limit_gib, limits.cache_limit_gib)
 
 
 def check_out(out: Path, *, is_file: bool) -> None:

@@ -50,6 +50,10 @@ def _keep_freed_memory() -> bool:
 BLAS = _preload_openblas()
 KEEPS_MEMORY = os.environ.get("ADO_KEEP_MEMORY", "1") != "0" and _keep_freed_memory()
 
+# MLX keeps plans of cuDNN's convolutions by shape, alignment and direction: 128 by default, and a U-Net needs about as
+# many, each of which takes milliseconds to make anew. Read at MLX's first convolution.
+os.environ.setdefault("MLX_CUDA_CONV_CACHE_SIZE", "1024")
+
 import mlx.core as mx  # noqa: E402  (after the preload, on purpose)
 import mlx.optimizers as optim  # noqa: E402
 import mlx.utils as mlx_utils  # noqa: E402

@@ -16,11 +16,13 @@ HARDWARE, ROOFLINE = "hardware.json", "roofline.png"
 
 @config
 class ProfileConfig:
-    """Whose timings are wanted."""
+    """Whose timings are wanted, and how much memory tasks may hold there."""
 
     target: Annotated[str, Field(pattern=r"^(auto|[0-9a-f]{16})$")] = (
         "auto"  # a machine's id, or the one that runs this
     )
+    wired_limit_gib: Annotated[float, Field(gt=0)] | None = None  # on Metal, of every task; none = MLX's own
+    cache_limit_gib: Annotated[float, Field(ge=0)] | None = None  # freed memory that MLX keeps there; none = MLX's own
 
 
 @dataclass(frozen=True)

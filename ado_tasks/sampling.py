@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ado_tasks import rng
 from ado_tasks.backend import mx
-from ado_tasks.datasets.shards import Split
 from ado_tasks.diffusion import denoiser
 from ado_tasks.diffusion.adaptive import AdaptiveSamples, StepControl, adaptive
 from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
@@ -19,6 +19,9 @@ from ado_tasks.errors import ConfigError, DivergenceError
 from ado_tasks.interop.diffusers_folder import NULL_LABEL, RECORD, StoredModel
 from ado_tasks.parallel import sharded_apply
 from ado_tasks.report import SILENT, Reporter
+
+if TYPE_CHECKING:  # the reader of tables, which who only samples need not have
+    from ado_tasks.datasets.shards import Split
 
 Images = npt.NDArray[np.float32]
 
@@ -47,7 +50,7 @@ class Draw:
         return same and np.array_equal(self.labels, other.labels[: len(self)])
 
 
-def draw(seed: int, purpose: str, count: int, part: Split) -> Draw:
+def draw(seed: int, purpose: str, count: int, part: "Split") -> Draw:
     """Noise and labels by name of purpose: "selection" and "report" never share a draw, nor noise drawn on the way.
 
     Labels follow the frequencies of `part` exactly, as far as `count` allows.

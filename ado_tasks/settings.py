@@ -1,12 +1,15 @@
 """`ado settings`: what to run a network with on a machine, and why."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from ado_tasks.config import read_params, section
 from ado_tasks.errors import ConfigError, HardwareError
@@ -16,8 +19,10 @@ from ado_tasks.fit.work import unet_work
 from ado_tasks.hardware.capability import Capability, apple_chip, apple_chips, read_capability
 from ado_tasks.hardware.fingerprint import this_machine
 from ado_tasks.models.unet_config import UNet2DConfig
-from ado_tasks.storage import read_json
+from ado_tasks.storage import read_json, write_text
 
+WANTED_BATCH = 64
+MOST_SHARDS = 16  # as TrainConfig
 MEASURED = Path(".ado/hardware")  # where `ado profile --measured` is told to keep machines
 
 
@@ -26,18 +31,56 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     _check_numbers(options)
     machine = _machine(options)
+    options.params = options.write or options.params
     config = _network(options)
     overrides = dict(_override(text) for text in options.set)
     size = (options.size, options.size) if options.size else None
-    found = choose_settings(machine, config, wanted_batch=options.batch, size=size, overrides=overrides)
+    batch = options.batch or (wanted_batch(options.write) if options.write else WANTED_BATCH)
+    found = choose_settings(machine, config, wanted_batch=batch, size=size, overrides=overrides)
     plain, text = asdict(found), table(machine, found)
     if options.cost:
         model = CostModel.from_plain(read_json(options.cost, "model")["model"], str(options.cost))
         of_pass = predict(model, unet_work(config, found.batch, size), machine)
         plain["pass"] = asdict(of_pass)
         text += f"\n  {'pass_ms':<19} {of_pass.milliseconds:<9.1f} predicted for {found.batch} images; {of_pass.error}"
+    if options.write:
+        text += f"\n{options.write}: {write(options.write, found, batch)}"
     print(json.dumps(plain, indent=2, ensure_ascii=False) if options.json else text)
     return 0
+
+
+def wanted_batch(params: Path) -> int:
+    """The batch size of a params file."""
+    return int(section(read_params(params), "train", str(params)).get("batch_size", WANTED_BATCH))
+
+
+def write(path: Path, found: Settings, batch: int) -> str:
+    """Put the settings into a params file, where tasks obey them; its comments stay. Returns what was written.
+
+    A limit that is to be left alone is taken out of the file.
+    """
+    keys = {
+        "train": {
+            "batch_size": batch, "precision": found.precision, "checkpointing": found.checkpointing,
+            "accumulate": found.accumulation, "shards": min(found.shards, MOST_SHARDS),
+        },
+        "hardware": {"wired_limit_gib": found.wired_limit_gib, "cache_limit_gib": found.cache_limit_gib},
+    }  # fmt: skip
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 4096
+    params = yaml.load(path.read_text())
+    said = []
+    for name, values in keys.items():
+        for key, value in values.items():
+            if value is not None:
+                params.setdefault(name, {})[key] = value
+                said.append(f"{name}.{key} = {json.dumps(value)}")
+            elif name in params:
+                params[name].pop(key, None)
+    text = io.StringIO()
+    yaml.dump(params, text)
+    write_text(path, text.getvalue())
+    return ", ".join(said)
 
 
 def table(machine: Capability, found: Settings) -> str:
@@ -63,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: %(default)s)")
     parser.add_argument("--size", type=int, help="height and width in pixels (default: the network's own)")
     parser.add_argument(
-        "--batch", type=int, default=64, help="images an optimiser step is to see (default: %(default)s)"
+        "--batch",
+        type=int,
+        help=f"images an optimiser step is to see (default: {WANTED_BATCH}; with --write the file's)",
     )
     parser.add_argument("--hardware", type=Path, help=f"hardware.json (default: this machine's in {MEASURED})")
     parser.add_argument("--chip", help=f"a chip by its published figures instead: {', '.join(apple_chips())}")
@@ -71,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cost", type=Path, help="report of bench/cost_model.py: predict the time of a pass as well")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override: {', '.join(OVERRIDES)}"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="PARAMS", help="write them into the sections train and hardware of a params file"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -20,6 +20,7 @@ from ado_tasks.diffusion.solvers import ddim
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import NULL_LABEL, write_model
 from ado_tasks.models.initialise import initialise
+from ado_tasks.models.precision import in_precision, lowered
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.models.weights import parameter_count
@@ -35,6 +36,8 @@ TRAIN_TIMESTEPS = 1000  # Ho et al. 2020, §4: what Diffusers' schedulers assume
 VALIDATION_IMAGES = 256  # of the selection part, always the same ones at the same noise
 VALIDATION_STEP = -1  # a step that training never takes: its noises and times belong to validation
 SAMPLES = 20  # in the picture
+# Keys that came later, with what a record that lacks them means.
+LATER_KEYS = {"label_dropout": 0.0, "precision": "float32", "checkpointing": False, "accumulate": 1}
 SAMPLE_STEPS = 50  # DDIM: the teacher's reference number of steps
 
 
@@ -55,6 +58,9 @@ class TrainConfig:
     loss: Literal["v", "snr", "truncated_snr", "min_snr"] = "v"  # weight on ‖x̂ − x‖² (see diffusion/losses.py)
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # labels replaced by a null class: for guidance, 0.1
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of a pass; weights and state stay float32
+    checkpointing: bool = False  # inner arrays of a block computed anew in the gradient: less memory, more time
+    accumulate: Annotated[int, Field(ge=1)] = 1  # pieces of a batch that go one after another: less memory
     validate_every: Annotated[int, Field(ge=1)] = 500  # steps
     checkpoint_every: Annotated[int, Field(ge=1)] = 500  # steps
 
@@ -93,9 +99,13 @@ def train(
     network.check_data(data.shape, data.num_classes + (null_label is not None), "params.yaml train.model")
     unet = UNet2D(network)
     initialise(unet, rng.key(seed, "train", "initialise"))
+    unet.checkpointing = config.checkpointing
     schedule = schedule_from_diffusers({"beta_schedule": config.beta_schedule})
     loss = _loss(unet, schedule, config)
-    step = TrainStep(loss, unet.parameters(), clip=config.clip, ema_decay=config.ema_decay, shards=config.shards)
+    step = TrainStep(
+        loss, unet.parameters(), clip=config.clip, ema_decay=config.ema_decay, shards=config.shards,
+        accumulate=config.accumulate,
+    )  # fmt: skip
 
     key = run_key(__name__, as_plain(config), {"dataset": data.sha256}, seed)
     checkpoints = Checkpoints.under(scratch, key)
@@ -118,7 +128,7 @@ def train(
     with atomic_folder(out) as folder:
         record = {
             "history": [
-                {"task": "train", "config": as_recorded(config, label_dropout=0.0), "seed": seed,
+                {"task": "train", "config": as_recorded(config, **LATER_KEYS), "seed": seed,
                  "dataset_sha256": data.sha256}
             ],
             **({} if null_label is None else {NULL_LABEL: null_label}),
@@ -194,15 +204,16 @@ def _training_batch(part: Split, batch_size: int, seed: int, step: int, dropout:
 
 def _loss(unet: UNet2D, schedule: NoiseSchedule, config: TrainConfig) -> Any:
     weight = losses.weight(config.loss)
+    apply = in_precision(unet, config.precision)
 
     def loss(parameters: Any, batch: dict[str, mx.array]) -> mx.array:
         """Mean over the batch of w(λ) ‖x̂ − x‖² (per pixel)."""
-        unet.update(parameters)
+        unet.update(lowered(parameters, config.precision))
         alpha, sigma = schedule.alpha_sigma(batch["t"])
         z = expand(alpha, batch["noise"]) * batch["images"] + expand(sigma, batch["noise"]) * batch["noise"]
         key = batch["dropout"][0] if "dropout" in batch else None
         denoise = make_denoiser(
-            lambda z, time: unet(z, time, batch.get("labels"), dropout_key=key), schedule, config.prediction_type
+            lambda z, time: apply(z, time, batch.get("labels"), dropout_key=key), schedule, config.prediction_type
         )
         weights = weight(2 * (mx.log(alpha) - mx.log(sigma)))
         return mx.mean(losses.weighted_squared_error(denoise(z, batch["t"]), batch["images"], weights))

@@ -98,7 +98,7 @@ def stored_chain(workspace: Path, steps: int) -> Chain | None:
     if not (folder / "model_index.json").exists():
         return None
     teacher = read_model(folder)
-    samplings = [_teacher(folder, steps)]
+    samplings = [teacher_sampling(folder, steps)]
     for family in sorted(path for path in folder.parent.glob("*") if any(c.name.isdigit() for c in path.glob("*"))):
         for variant in student_variants(family):
             samplings.append(_sampling(variant, family / str(int(variant.name.rpartition("-")[2]))))
@@ -116,12 +116,12 @@ def random_chain(name: str, folder: Path, steps: int) -> Chain:
     initialise(unet, rng.key(SEED, "bench-mac", name))
     schedule = schedule_from_diffusers({"beta_schedule": "squaredcos_cap_v2"})
     write_model(folder, unet, schedule.to_diffusers("v_prediction"), {})
-    samplings = [_teacher(folder, steps)]
-    samplings += [{**_teacher(folder, n), "name": f"student-{n}"} for n in STUDENTS if n < steps]
+    samplings = [teacher_sampling(folder, steps)]
+    samplings += [{**teacher_sampling(folder, n), "name": f"student-{n}"} for n in STUDENTS if n < steps]
     return Chain(folder, samplings, "random weights of the same shapes (speed does not depend on weights)")
 
 
-def _teacher(folder: Path, steps: int) -> dict[str, Any]:
+def teacher_sampling(folder: Path, steps: int) -> dict[str, Any]:
     """Plain DDIM, also as PyTorch needs it: (α, σ, timestep) at each time, worked out in float64."""
     times = uniform_time(steps)
     schedule = schedule_from_diffusers(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))

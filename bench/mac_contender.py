@@ -2,7 +2,8 @@
 
 Lines of JSON on standard input and output. The first line is the job; the answer says what can be run, or why nothing
 can. Then `{"run": name}` takes one step or one sampling and answers with its seconds, `{"memory": name}` with what it
-needs at most, `{"rest": true}` gives cached memory back. The end of input ends the process.
+needs at most, `{"profile": name}` with figures of another kind, `{"rest": true}` gives cached memory back. The end of
+input ends the process.
 """
 
 import json
@@ -10,8 +11,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Contender:
     peak_mib: Callable[[Callable[[], object]], float | None]  # the framework's own count over an action
     peak_is: str  # what that count is
     rest: Callable[[], None]  # give cached memory back
+    profiles: Mapping[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)  # measurements of another kind
 
 
 def build(job: Job) -> Callable[[], Contender]:
@@ -115,6 +117,8 @@ def serve(answer: Callable[[dict[str, Any]], None]) -> None:
                 answer({"seconds": timed(contender.actions[order["run"]])})
             elif "memory" in order:
                 answer(memory(contender, contender.actions[order["memory"]], before_mib))
+            elif "profile" in order:
+                answer(contender.profiles[order["profile"]]())
             else:
                 contender.rest()
                 answer({})

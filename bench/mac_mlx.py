@@ -1,17 +1,21 @@
-"""MLX's side of `bench/mac.py`: the project's own training step and sampler, compiled or not."""
+"""MLX's side of `mac.py` and `gpu_step.py`: the project's own training step and sampler, compiled or not."""
 
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gpu_profile
 import numpy as np
 from mac_contender import MIB, Contender, Job, Unsupported
 
 from ado_tasks.backend import HAS_CPU_COMPILER, mx, on_cpu
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model
+from ado_tasks.models.precision import in_precision, lowered
 from ado_tasks.optimise.steps import TrainStep
 from ado_tasks.sampling import Draw, Sampler
+
+Profiles = dict[str, Callable[[], dict[str, Any]]]
 
 
 def contender(job: Job) -> Contender:
@@ -21,9 +25,9 @@ def contender(job: Job) -> Contender:
     elif on_cpu() and not HAS_CPU_COMPILER:
         raise Unsupported("MLX cannot compile on this CPU: there is no C++ compiler")
     make = training if job["part"] == "training" else sampling
-    actions, check = make(job)
+    actions, check, profiles = make(job)
     device = "cpu" if on_cpu() else str(mx.device_info().get("device_name", "gpu"))
-    return Contender(actions, device, {"mlx": version("mlx")}, check, peak_mib, "MLX's peak", mx.clear_cache)
+    return Contender(actions, device, {"mlx": version("mlx")}, check, peak_mib, "MLX's peak", mx.clear_cache, profiles)
 
 
 def peak_mib(action: Callable[[], object]) -> float:
@@ -33,15 +37,17 @@ def peak_mib(action: Callable[[], object]) -> float:
     return mx.get_peak_memory() / MIB
 
 
-def training(job: Job) -> tuple[dict[str, Callable[[], object]], list[float]]:
+def training(job: Job) -> tuple[dict[str, Callable[[], object]], list[float], Profiles]:
     """A whole step: forward, backward, clip, Adam, averaged weights. Checked: the losses before the first steps."""
     unet = read_model(Path(job["teacher"])).unet
+    precision = job.get("precision", "float32")
+    apply = in_precision(unet, precision)
     drawn = np.load(job["inputs"])
     batch = {name: mx.array(drawn[name]) for name in drawn.files}
 
     def loss(parameters: Any, part: Any) -> mx.array:
-        unet.update(parameters)
-        return mx.mean((unet(part["images"], part["t"], part.get("labels")) - part["noise"]) ** 2)
+        unet.update(lowered(parameters, precision))
+        return mx.mean((apply(part["images"], part["t"], part.get("labels")) - part["noise"]) ** 2)
 
     step = TrainStep(loss, unet.parameters(), clip=job["clip"], ema_decay=job["ema_decay"], shards=job["cores"])
 
@@ -50,10 +56,11 @@ def training(job: Job) -> tuple[dict[str, Callable[[], object]], list[float]]:
         mx.eval(value, step.parameters())
         return float(np.array(value))
 
-    return {"step": run}, [run() for _ in range(job["checked_steps"])]
+    profiles = {"overhead": lambda: gpu_profile.overhead(step, batch, job["learning_rate"])}
+    return {"step": run}, [run() for _ in range(job["checked_steps"])], profiles
 
 
-def sampling(job: Job) -> tuple[dict[str, Callable[[], object]], list[float]]:
+def sampling(job: Job) -> tuple[dict[str, Callable[[], object]], list[float], Profiles]:
     """Whole samplings, from noise to image. Checked: the teacher's images."""
     drawn = np.load(job["inputs"])
     start = Draw(drawn["noise"], drawn["labels"].astype(np.int32) if "labels" in drawn.files else None)
@@ -63,10 +70,11 @@ def sampling(job: Job) -> tuple[dict[str, Callable[[], object]], list[float]]:
         folder = entry["model"]
         if folder not in samplers:
             stored: StoredModel = read_model(Path(folder))
+            stored.unet.update(lowered(stored.unet.parameters(), job.get("precision", "float32")))
             samplers[folder] = Sampler(stored, len(start), job["cores"])
         actions[entry["name"]] = _sampling(samplers[folder], start, entry)
     images = np.asarray(actions[job["samplings"][0]["name"]]())
-    return actions, images[: job["checked_images"]].ravel().tolist()
+    return actions, images[: job["checked_images"]].ravel().tolist(), {}
 
 
 def _sampling(sampler: Sampler, start: Draw, entry: dict[str, Any]) -> Callable[[], object]:

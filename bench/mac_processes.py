@@ -1,4 +1,4 @@
-"""The contenders of `bench/mac.py` as processes: started, asked, timed in turn, ended."""
+"""The contenders of `bench/mac.py` and `bench/gpu_step.py` as processes: started, asked, timed in turn, ended."""
 
 import json
 import os
@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ SCRIPT = Path(__file__).with_name("mac_contender.py")
 QUICK_S = 0.5  # an action that takes less is repeated in its turn, after one call that is not timed
 REPEATS = 3  # of a quick action
 ANSWER_S = 900.0  # longest wait: a cold torch.compile of a large network takes minutes
+TURNS_SHARE = 0.3  # of the time there is, kept for the turns: who is not ready by then is left out
 
 
 class Gone(Exception):
@@ -27,11 +29,11 @@ class Process:
 
     def __init__(self, job: Mapping[str, Any], wait_s: float = ANSWER_S) -> None:
         """Start it and wait until it can run. Raises Gone with the reason where it cannot."""
-        self._wait_s = wait_s
+        self.wait_s = wait_s
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": _path()},
+            env={**os.environ, **job.get("env", {}), "PYTHONPATH": _path()},
         )  # fmt: skip
         self._rest = b""
         try:
@@ -55,12 +57,12 @@ class Process:
 
     def _line(self) -> bytes:
         assert self._process.stdout is not None
-        deadline = time.monotonic() + self._wait_s
+        deadline = time.monotonic() + self.wait_s
         with selectors.DefaultSelector() as waiting:
             waiting.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._rest:
                 if not waiting.select(max(0.0, deadline - time.monotonic())):
-                    raise Gone(f"no answer in {self._wait_s:.0f} s")
+                    raise Gone(f"no answer in {self.wait_s:.0f} s")
                 part = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not part:
                     raise Gone(self._last_words())
@@ -101,41 +103,99 @@ class Turns:
     skipped: dict[str, str] = field(default_factory=dict)  # by form: why
 
 
-def take_turns(jobs: Mapping[str, Mapping[str, Any]], rounds: int, on_step: Callable[[int, int, str], None]) -> Turns:
+def take_turns(
+    jobs: Mapping[str, Mapping[str, Any]], rounds: int, on_step: Callable[[int, int, str], None], *,
+    at_once: int = 1, deadline: float | None = None, before: Callable[[str, Process], None] | None = None,
+) -> Turns:  # fmt: skip
     """Run every action of every form in every round, one after another; the order turns by one each round.
 
-    All processes stay alive and only one computes at a time. A form that cannot start, or fails on the way, is
-    left out whole, with its reason.
+    All processes stay alive and only one computes at a time, but that `at_once` of them warm up together. A form that
+    cannot start, or fails on the way, is left out whole, with its reason. No round begins that would not be over by the
+    `deadline` (of time.monotonic), if the longest so far is a guide. `before` is called once for each form that is
+    ready, ahead of the rounds.
     """
     turns, processes = Turns(), dict[str, Process]()
     total, done = len(jobs) * (1 + rounds), 0
     try:
-        for form, job in jobs.items():
+        for form, process in _started(jobs, at_once, deadline):
             on_step(done, total, form)
-            try:
-                processes[form] = Process(job)
-                turns.ready[form] = processes[form].ready
-                for action in processes[form].ready["actions"]:
-                    turns.memory[form, action] = processes[form].ask({"memory": action})
-                processes[form].ask({"rest": True})
-            except Gone as reason:
-                _leave(form, str(reason), turns, processes)
             done += 1
+            if isinstance(process, Process):
+                processes[form], turns.ready[form] = process, process.ready
+            else:
+                turns.skipped[form] = str(process)
+        _alone(turns, processes, deadline, before)
+        longest = 0.0
         for number in range(rounds):
-            forms = list(processes)
-            shift = number % max(1, len(forms))
-            for form in forms[shift:] + forms[:shift]:
+            began = time.monotonic()
+            if deadline is not None and began + longest > deadline:
+                break
+            for form in _in_turn(list(processes), number):
                 on_step(done, total, form)
                 try:
+                    _limited(processes[form], deadline)
                     _turn(form, processes[form], turns)
                 except Gone as reason:
                     _leave(form, str(reason), turns, processes)
                 done += 1
+            longest = max(longest, time.monotonic() - began)
         on_step(total, total, "")
     finally:
         for process in processes.values():
             process.end()
     return turns
+
+
+def _in_turn(forms: list[str], number: int) -> list[str]:
+    """The order of a round: each begins with another form."""
+    shift = number % max(1, len(forms))
+    return forms[shift:] + forms[:shift]
+
+
+def _started(
+    jobs: Mapping[str, Mapping[str, Any]], at_once: int, deadline: float | None
+) -> Iterator[tuple[str, Process | Gone]]:
+    """Each form's process in order, ready and with its cached memory given back; or why there is none."""
+    latest = None if deadline is None else deadline - TURNS_SHARE * max(0.0, deadline - time.monotonic())
+
+    def start(job: Mapping[str, Any]) -> Process | Gone:
+        try:
+            process = Process(job, ANSWER_S if latest is None else max(1.0, latest - time.monotonic()))
+        except Gone as reason:
+            return reason
+        try:
+            process.ask({"rest": True})
+        except Gone as reason:
+            process.end()
+            return reason
+        return process
+
+    with ThreadPoolExecutor(at_once) as pool:
+        yield from zip(jobs, pool.map(start, jobs.values()), strict=True)
+
+
+def _alone(
+    turns: Turns,
+    processes: dict[str, Process],
+    deadline: float | None,
+    before: Callable[[str, Process], None] | None,
+) -> None:
+    """What each form needs of memory, and what is asked of it before the rounds."""
+    for form in list(processes):
+        try:
+            _limited(processes[form], deadline)
+            for action in processes[form].ready["actions"]:
+                turns.memory[form, action] = processes[form].ask({"memory": action})
+            if before is not None:
+                before(form, processes[form])
+            processes[form].ask({"rest": True})
+        except Gone as reason:
+            _leave(form, str(reason), turns, processes)
+
+
+def _limited(process: Process, deadline: float | None) -> None:
+    if deadline is not None:
+        process.wait_s = max(1.0, deadline - time.monotonic())
 
 
 def _turn(form: str, process: Process, turns: Turns) -> None:

@@ -7,9 +7,6 @@ from typing import Any
 
 import numpy as np
 from mac_processes import Turns
-from matplotlib.figure import Figure
-
-from ado_tasks.pictures import plain_axes, save_figure
 
 OURS = "mlx compiled"
 AGREEMENT = 0.05  # relative difference (root mean square) up to which two forms compute the same; TF32 leaves 1e-2
@@ -119,6 +116,10 @@ def _times(value: Mapping[str, Any]) -> str:
 
 def draw(path: Path, report: Mapping[str, Any]) -> None:
     """Training, sampling and the chain of each network: bars with quartiles, what was skipped named."""
+    from matplotlib.figure import Figure  # not at the top: a machine that only measures may lack it
+
+    from ado_tasks.pictures import plain_axes, save_figure
+
     networks = report["networks"]
     figure = Figure(figsize=(11, 0.6 + 2.9 * len(networks)))
     for row, (name, network) in enumerate(networks.items()):

@@ -82,3 +82,46 @@ def test_a_networks_keys_are_those_of_params(digits: Path, tmp_path: Path, model
     with pytest.raises(ConfigError, match=says):
         trained(digits, tmp_path / "out", model)
     assert list(tmp_path.iterdir()) == []
+
+
+class StopAt:
+    """A reporter that stops a run at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def progress(self, done: int, total: int, **figures: float) -> None:
+        if done == self.step:
+            raise KeyboardInterrupt
+
+    def metric(self, name: str, value: float, step: int | None = None) -> None: ...
+
+    def picture(self, name: str, path: Path) -> None: ...
+
+
+OBEYED = {"precision": "bfloat16", "checkpointing": True, "accumulate": 3}
+
+
+def test_a_stopped_run_in_a_half_ends_with_the_bytes_of_an_unbroken_one(digits: Path, tmp_path: Path) -> None:
+    values = {"steps": 4, "batch_size": 8, "checkpoint_every": 2, **OBEYED, "model": {**TINY, "dropout": 0.2}}
+    config = parse(TrainConfig, values, "train")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, dataset=digits, out=tmp_path / "a", scratch=tmp_path / "s", seed=1, report=StopAt(2))  # pyright: ignore
+    assert list((tmp_path / "s").rglob("*")) and not (tmp_path / "a").exists()
+    stopped = train(config, dataset=digits, out=tmp_path / "a", scratch=tmp_path / "s", seed=1)
+    unbroken = train(config, dataset=digits, out=tmp_path / "b", scratch=tmp_path / "t", seed=1)
+    assert stopped.weights_sha256 == unbroken.weights_sha256
+
+
+@pytest.mark.parametrize("key", OBEYED)
+def test_a_key_is_obeyed_recorded_and_changes_little(key: str, digits: Path, tmp_path: Path) -> None:
+    plain = trained(digits, tmp_path / "plain", {}, ema_decay=0.0)
+    obeying = trained(digits, tmp_path / key, {}, **{key: OBEYED[key]})
+    assert abs(obeying[1]["validation"] / plain[1]["validation"] - 1) < 0.02
+    if key != "checkpointing":  # whose gradients are the same to rounding, and may be to the bit
+        assert obeying[0].weights_sha256 != plain[0].weights_sha256
+    recorded = [
+        json.loads((tmp_path / name / "ado.json").read_text())["history"][0]["config"] for name in ("plain", key)
+    ]
+    assert not set(OBEYED) & set(recorded[0])
+    assert {name: value for name, value in recorded[1].items() if name in OBEYED} == {key: OBEYED[key]}

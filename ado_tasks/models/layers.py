@@ -60,6 +60,14 @@ class GroupNorm(nn.Module):
         """Same shape as x; a `shift` (B, C) is added to every pixel of its image before."""
         return ops.group_norm(x, self.groups, self.weight, self.bias, self.eps, shift)
 
+    def activated(
+        self, x: mx.array, activate: Callable[[mx.array], mx.array], shift: mx.array | None = None
+    ) -> mx.array:
+        """The activation of a call."""
+        if activate is ops.silu:
+            return ops.group_norm_silu(x, self.groups, self.weight, self.bias, self.eps, shift)
+        return activate(self(x, shift))
+
 
 class LayerNorm(nn.Module):
     """Holds the weight and bias of a layer norm that Diffusers stores and, without a text encoder, never applies."""
@@ -111,6 +119,20 @@ class DropoutKeys:
         """`count` is how often a forward pass may drop."""
         self._keys = None if key is None or count == 0 else mx.random.split(key, count)
         self._next = 0
+
+    def cut(self, count: int) -> mx.array | None:
+        """The next `count` keys, for who hands them out elsewhere (`given`)."""
+        if self._keys is None:
+            return None
+        self._next += count
+        return self._keys[self._next - count : self._next]
+
+    @classmethod
+    def given(cls, keys: mx.array | None) -> "DropoutKeys":
+        """Hand out these, in order."""
+        made = cls(None, 0)
+        made._keys = keys
+        return made
 
     def drop(self, x: mx.array, probability: float) -> mx.array:
         """Each element of x zeroed with `probability`, the others scaled to keep the mean."""

@@ -1,11 +1,11 @@
 """The array operations a U-Net is made of, each in the form that is fast on the device at hand. Images are NHWC.
 
-On Metal and CUDA these are MLX's own; on the CPU, in float32, those of `cpu_ops`. Attention between many positions goes
-in blocks wherever no fused kernel has a gradient.
+On Metal and CUDA these are MLX's own, but for norms on CUDA (`cuda_norm.py`); on the CPU, in float32, those of
+`cpu_ops`. Attention between many positions goes in blocks wherever no fused kernel has a gradient.
 """
 
 from ado_tasks.backend import mx, on_cpu
-from ado_tasks.models import cpu_ops
+from ado_tasks.models import cpu_ops, cuda_norm, half_ops
 from ado_tasks.models.attention_choice import WHOLE_POSITIONS, cuda_fuses
 from ado_tasks.models.chunked_attention import chunked_attention
 
@@ -32,6 +32,8 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     """X Wᵀ + b over the last axis; W is (out, in)."""
     if _in_cpu_form(x):
         return cpu_ops.linear(x, weight, bias)
+    if bias is not None and x.dtype == weight.dtype == bias.dtype != mx.float32:
+        return half_ops.affine(x, weight, bias)
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
@@ -41,6 +43,8 @@ def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None, stride: int = 1
         y = cpu_ops.conv2d(x, weight, stride, padding)
     else:
         y = mx.conv2d(x, weight, stride=stride, padding=padding)
+    if bias is not None and y.dtype == bias.dtype != mx.float32:
+        return half_ops.add_bias(y, bias)
     return y if bias is None else y + bias
 
 
@@ -53,6 +57,12 @@ def group_norm(
     """
     if _in_cpu_form(x):
         return cpu_ops.group_norm(x, groups, weight, bias, eps, shift)
+    if cuda_norm.fits(x, groups):
+        return cuda_norm.group_norm(x, groups, weight, bias, eps, shift, silu=False)
+    if x.dtype != mx.float32:  # statistics of halves are sums that a half cannot hold
+        wide, weight, bias = (each.astype(mx.float32) for each in (x, weight, bias))
+        shift = None if shift is None else shift.astype(mx.float32)
+        return group_norm(wide, groups, weight, bias, eps, shift).astype(x.dtype)
     shape = x.shape
     if shift is not None:
         x = x + shift.reshape(shape[0], *[1] * (x.ndim - 2), shape[-1])
@@ -60,6 +70,15 @@ def group_norm(
     mean = mx.mean(y, axis=(1, 3), keepdims=True)
     var = mx.var(y, axis=(1, 3), keepdims=True)
     return ((y - mean) * mx.rsqrt(var + eps)).reshape(shape) * weight + bias
+
+
+def group_norm_silu(
+    x: mx.array, groups: int, weight: mx.array, bias: mx.array, eps: float, shift: mx.array | None = None
+) -> mx.array:
+    """The SiLU of a group norm: one operation where there is one."""
+    if cuda_norm.fits(x, groups):
+        return cuda_norm.group_norm(x, groups, weight, bias, eps, shift, silu=True)
+    return silu(group_norm(x, groups, weight, bias, eps, shift))
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:

@@ -69,17 +69,18 @@ class ResnetBlock2D(nn.Module):
     def __call__(self, x: mx.array, condition: Condition) -> mx.array:
         """(B, H, W, in) to (B, H', W', out)."""
         activate = ACTIVATIONS[self.options.act_fn]
-        hidden = activate(self.norm1(x))
+        hidden = self.norm1.activated(x, activate)
         if self.resample is not None:
             x, hidden = _resampled(x, self.resample), _resampled(hidden, self.resample)
         embedding = self.time_emb_proj(condition.activated)
         if self.options.scale_shift:
             scale, shift = mx.split(embedding[:, None, None, :], 2, axis=-1)
-            hidden = self.norm2(self.conv1(hidden)) * (1 + scale) + shift
+            hidden = activate(self.norm2(self.conv1(hidden)) * (1 + scale) + shift)
         else:
             # The norm takes both on its way: no pass over the image for them, in the gradient neither.
-            hidden = self.norm2(self.conv1(hidden, biased=False), shift=embedding + self.conv1.bias)
-        hidden = self.conv2(condition.dropout.drop(activate(hidden), self.options.dropout))
+            shift = embedding + self.conv1.bias
+            hidden = self.norm2.activated(self.conv1(hidden, biased=False), activate, shift)
+        hidden = self.conv2(condition.dropout.drop(hidden, self.options.dropout))
         if "conv_shortcut" in self:
             x = self.conv_shortcut(x)
         return _rescaled(x + hidden, self.options.output_scale)

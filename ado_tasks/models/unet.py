@@ -1,10 +1,13 @@
 """Hugging Face Diffusers' `UNet2DModel` in MLX: the same configuration, the same names of weights, the same outputs."""
 
+from typing import Any
+
 from ado_tasks.backend import mx, nn
 from ado_tasks.errors import ConfigError
 from ado_tasks.models import ops
 from ado_tasks.models.embeddings import GaussianFourierProjection, LearnedTimesteps, TimestepEmbedding, Timesteps
 from ado_tasks.models.layers import ACTIVATIONS, Conv2d, DropoutKeys, Embedding, GroupNorm
+from ado_tasks.models.recompute import recomputed
 from ado_tasks.models.resnet import BlockOptions, Condition, ResnetBlock2D, ResnetBlockCondNorm2D
 from ado_tasks.models.unet_blocks import DownBlock2D, SkipDownBlock2D, SkipUpBlock2D, UNetMidBlock2D, UpBlock2D
 from ado_tasks.models.unet_config import UNet2DConfig
@@ -52,7 +55,8 @@ class UNet2D(nn.Module):
         self._taken = tuple(level.layers for level in up_levels(config))  # states each up block takes
         self.conv_norm_out = GroupNorm(config.groups_out, first, config.norm_eps)
         self.conv_out = Conv2d(first, config.out_channels, 3, padding=1)
-        self._dropouts = sum(isinstance(module, ResnetBlock2D | ResnetBlockCondNorm2D) for module in self.modules())
+        self._dropouts = _dropouts(self)
+        self.checkpointing = False  # the inner arrays of a block computed anew in the gradient (recompute.py)
 
     def __call__(
         self,
@@ -107,7 +111,7 @@ class UNet2D(nn.Module):
         activate = ACTIVATIONS[self.config.act_fn.lower()]
         condition = Condition(embedding, activate(embedding), DropoutKeys(dropout_key, self._dropouts))
         hidden, painted, middle = self._blocks(x, condition, [] if leaving is None else leaving)
-        y = self.conv_out(ops.silu(self.conv_norm_out(hidden)))
+        y = self.conv_out(self.conv_norm_out.activated(hidden, ops.silu))
         if painted is not None:
             y = y + painted
         y = y.astype(mx.float32)
@@ -147,18 +151,66 @@ class UNet2D(nn.Module):
         """Down, middle and up. Returns the features, from Skip blocks the painted image, and the middle's features."""
         hidden, skip = self.conv_in(x), x
         states: tuple[mx.array | None, ...] = (hidden,)
+        run = _recomputed if self.checkpointing else _run
         for block in self.down_blocks:
-            hidden, more, skip = block(hidden, skip, condition)
+            hidden, more, skip = run(block, condition, hidden, skip)
             states += more
             leaving.append(hidden)
         if "mid_block" in self:
-            hidden = self.mid_block(hidden, condition)
+            hidden, _, _ = run(self.mid_block, condition, hidden)
         middle, painted = hidden, None
         for block, count in zip(self.up_blocks, self._taken, strict=True):
-            hidden, painted = block(hidden, states[-count:], painted, condition)
+            hidden, _, painted = run(block, condition, hidden, painted, states[-count:])
             states = states[:-count]
             leaving.append(hidden)
         return hidden, painted, middle
+
+
+Passed = tuple[mx.array, tuple[mx.array | None, ...], Any]  # features, states, the image that Skip blocks pass along
+
+
+def _run(
+    block: nn.Module,
+    condition: Condition,
+    hidden: mx.array,
+    skip: mx.array | None = None,
+    states: tuple[mx.array | None, ...] | None = None,
+) -> Passed:
+    """A down block (no states), the middle (neither), or an up block."""
+    if isinstance(block, UNetMidBlock2D):
+        return block(hidden, condition), (), None
+    if states is None:
+        return block(hidden, skip, condition)
+    hidden, skip = block(hidden, states, skip, condition)
+    return hidden, (), skip
+
+
+def _recomputed(
+    block: nn.Module,
+    condition: Condition,
+    hidden: mx.array,
+    skip: mx.array | None = None,
+    states: tuple[mx.array | None, ...] | None = None,
+) -> Passed:
+    """The same, with the block's inner arrays computed anew in the gradient."""
+    keys = condition.dropout.cut(_dropouts(block))
+
+    def call(*arrays: Any) -> list[mx.array | None]:
+        # The keys are no input: MLX would look for a gradient in them.
+        hidden, skip, embedding, activated, *states_given = arrays
+        condition = Condition(embedding, activated, DropoutKeys.given(keys))
+        hidden, more, skip = _run(block, condition, hidden, skip, None if states is None else tuple(states_given))
+        return [hidden, skip, *more]
+
+    given = [hidden, skip, condition.embedding, condition.activated, *(states or ())]
+    result, skip, *more = recomputed(block, call, given)
+    assert result is not None
+    return result, tuple(more), skip
+
+
+def _dropouts(module: nn.Module) -> int:
+    """How often a pass through it may drop."""
+    return sum(isinstance(each, ResnetBlock2D | ResnetBlockCondNorm2D) for each in module.modules())
 
 
 def _time_projection(config: UNet2DConfig) -> tuple[nn.Module, int]:

@@ -1,10 +1,14 @@
 """What one optimiser step sees: drawn from (seed, step) alone, so that a resumed run sees the same."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ado_tasks import rng
 from ado_tasks.backend import mx
-from ado_tasks.datasets.shards import Split
+
+if TYPE_CHECKING:  # the reader of tables, which who only trains on arrays need not have
+    from ado_tasks.datasets.shards import Split
 
 
 def images_of_step(count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -21,6 +25,6 @@ def times_of_step(batch_size: int, generator: np.random.Generator) -> np.ndarray
     return 1.0 - (generator.random() + np.arange(batch_size)) / batch_size % 1.0
 
 
-def labels_of(part: Split, rows: np.ndarray) -> dict[str, mx.array]:
+def labels_of(part: "Split", rows: np.ndarray) -> dict[str, mx.array]:
     """The labels of these rows as a batch entry, or nothing where the dataset has no classes."""
     return {"labels": mx.array(part.labels[rows].astype(np.int32))} if part.num_classes else {}

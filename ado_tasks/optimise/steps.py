@@ -80,7 +80,10 @@ class TrainStep:
     `step(batch, learning_rate)` returns the loss before the step. `state` is what a checkpoint keeps.
     """
 
-    def __init__(self, loss: Loss, parameters: Tree, *, clip: float, ema_decay: float | None, shards: int = 1):
+    def __init__(
+        self, loss: Loss, parameters: Tree, *, clip: float, ema_decay: float | None, shards: int = 1,
+        accumulate: int = 1,
+    ):  # fmt: skip
         """Start from `parameters`.
 
         Args:
@@ -89,9 +92,11 @@ class TrainStep:
         clip: the gradient is scaled down to this global norm where it is longer.
         ema_decay: of the averaged weights, approached as `averaging_decay` says; None keeps no average.
         shards: parts of a batch computed at the same time on a CPU (see parallel.py). Decides the last bits.
+        accumulate: pieces of a batch computed one after another, for less memory. Decides the last bits too.
         """
         self._layout = Layout.of(parameters)
         self._clip, self._ema_decay, self._done = clip, ema_decay, 0
+        self._accumulate = accumulate
         self._value_and_grad = mx.value_and_grad(loss)
         self._gradient = Parts(self._gradient_of, shards)
         # The optimiser's step is taken in as many groups of parameters, side by side as the parts of the batch are.
@@ -104,19 +109,38 @@ class TrainStep:
 
     def __call__(self, batch: Batch, learning_rate: float) -> mx.array:
         """Take one step. One may be running while the next is prepared, never more: each holds its memory."""
+        loss = self.lazily(batch, learning_rate)
+        if self._running is not None:
+            mx.eval(self._running)
+        mx.async_eval(self._vectors, self._arrays, loss)
+        self._running = loss
+        return loss
+
+    def lazily(self, batch: Batch, learning_rate: float) -> mx.array:
+        """Build a step and leave it to MLX to take it, with the loss or the state. For measurements."""
         rates = mx.array(step_rates(self._done, learning_rate, self._ema_decay), dtype=mx.float32)
-        shares, parts = zip(*self._gradient(self._arrays, batch), strict=True)
+        shares, parts = self._parts(batch)
         gradients = [gradient for _, gradient in parts]
         updated = self._update([(vectors, gradients, mx.array(shares), rates) for vectors in self._vectors])
         loss = weighted_sum(mx.array(shares), [value for value, _ in parts])
         self._vectors = [vectors for vectors, _ in updated]
         self._arrays = {name: array for _, arrays in updated for name, array in arrays.items()}
         self._done += 1
-        if self._running is not None:
-            mx.eval(self._running)
-        mx.async_eval(self._vectors, self._arrays, loss)
-        self._running = loss
         return loss
+
+    def _parts(self, batch: Batch) -> tuple[tuple[float, ...], tuple[tuple[mx.array, list[mx.array]], ...]]:
+        """Shares of the batch and, for each, its loss and gradients; or the sum over pieces that went one by one."""
+        pieces = pieces_of(batch, self._accumulate)
+        if len(pieces) == 1:
+            shares, parts = zip(*self._gradient(self._arrays, batch), strict=True)
+            return shares, parts
+        value, sums = mx.array(0.0), [mx.array(0.0)] * len(self._groups)
+        for size, piece in pieces:
+            for share, (own, gradients) in self._gradient(self._arrays, piece):
+                value = value + size * share * own
+                sums = [total + size * share * gradient for total, gradient in zip(sums, gradients, strict=True)]
+            mx.eval(value, sums)  # else MLX would hold all pieces at once
+        return (1.0,), ((value, sums),)
 
     def _gradient_of(self, arrays: Arrays, batch: Batch) -> tuple[mx.array, list[mx.array]]:
         """The loss of a part, and its gradient as one vector for each group of parameters."""
@@ -174,6 +198,18 @@ class TrainStep:
         if "average" not in self._vectors[0]:
             raise ValueError("no averaged weights are kept: ema_decay is None")
         return mlx_utils.tree_unflatten(list(self._layout.unflatten(self.state["average"]).items()))
+
+
+def pieces_of(batch: Batch, count: int) -> list[tuple[float, Batch]]:
+    """Cut along the first axis into at most `count` pieces that differ by at most a row, with their shares of rows."""
+    rows = next(array.shape[0] for array in batch.values() if array.ndim)
+    if count == 1 or rows == 1:
+        return [(1.0, batch)]
+    ends = [rows * piece // min(count, rows) for piece in range(min(count, rows) + 1)]
+    return [
+        ((stop - start) / rows, {name: array[start:stop] if array.ndim else array for name, array in batch.items()})
+        for start, stop in pairwise(ends)
+    ]
 
 
 def weighted_sum(shares: mx.array, terms: list[mx.array]) -> mx.array:

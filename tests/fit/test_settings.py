@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from ado_tasks import settings as command
+from ado_tasks.config import parse, read_params
 from ado_tasks.errors import ConfigError, HardwareError
 from ado_tasks.fit.cost import CostModel
 from ado_tasks.fit.memory import Plan, needed
@@ -13,7 +15,9 @@ from ado_tasks.fit.settings import HEADROOM, MEMORY_SIZES, choose_settings, memo
 from ado_tasks.fit.work import KINDS, unet_work
 from ado_tasks.hardware.capability import GIB, RECORDED, Capability, apple_chip, read_capability
 from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.profile import ProfileConfig
 from ado_tasks.storage import write_json
+from ado_tasks.train import TrainConfig
 
 LARGE = UNet2DConfig.from_dict(
     {
@@ -171,3 +175,27 @@ def test_numbers_that_mean_nothing_are_named(tmp_path, arguments: list[str], sai
 def test_memory_is_of_a_chip_that_is_named() -> None:
     with pytest.raises(ConfigError, match="without --chip"):
         command.main(["--memory", "16"])
+
+
+def test_what_is_decided_is_written_where_tasks_read_it(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    """And nothing else changes; a second time nothing does."""
+    before = (Path(__file__).parents[2] / "params.yaml").read_text()
+    params = tmp_path / "params.yaml"
+    params.write_text(before)
+    mac = ["--chip", "Apple M2", "--memory", "16", "--size", "8", "--write", str(params)]
+    assert command.main([*mac, "--set", "batch=24", "--set", "precision=bfloat16"]) == 0
+    assert "train.accumulate = 3, train.shards = 1, hardware.wired_limit_gib" in capsys.readouterr().out
+    written = read_params(params)
+    train = parse(TrainConfig, written["train"], "train")
+    assert (train.batch_size, train.accumulate, train.precision, train.checkpointing) == (64, 3, "bfloat16", False)
+    limits = parse(ProfileConfig, written["hardware"], "hardware")
+    assert limits.wired_limit_gib and limits.cache_limit_gib and limits.target == "auto"
+    text = params.read_text()
+    assert all(line.strip() in text for line in before.splitlines())
+    command.main([*mac, "--set", "batch=24", "--set", "precision=bfloat16"])
+    assert params.read_text() == text
+    write_json(tmp_path / "cpu.json", MACHINES["cpu"].as_plain())
+    command.main(["--hardware", str(tmp_path / "cpu.json"), "--size", "8", "--write", str(params)])
+    again = read_params(params)
+    assert set(again["hardware"]) == {"target"} and again["train"]["precision"] == "float32"
+    assert again["train"]["accumulate"] == 1 and again["train"]["shards"] == 2
