@@ -53,6 +53,12 @@ def teacher_variants(teacher: StoredModel, steps: tuple[int, ...] = TEACHER_STEP
     return [Variant(f"teacher-{n}", "ddim", "ddim", grids.uniform_time(n), teacher) for n in steps]
 
 
+def student_folders(models: Path) -> list[Path]:
+    """Families of students: folders whose own folders are named by numbers of steps; probes of a search are none."""
+    families = {child.parent for child in models.glob("*/*") if child.name.isdigit()}
+    return sorted(family for family in families if family.name != "probes")
+
+
 def student_variants(family: Path) -> list[Variant]:
     """The students in a family's folder, most steps first.
 

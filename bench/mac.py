@@ -36,7 +36,7 @@ from ado_tasks.backend import mx, on_cpu
 from ado_tasks.config import read_params
 from ado_tasks.diffusion.grids import uniform_time
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
-from ado_tasks.errors import AdoError
+from ado_tasks.errors import AdoError, ArtifactError
 from ado_tasks.hardware.fingerprint import this_machine, usable_cores
 from ado_tasks.interop.diffusers_folder import read_model, write_model
 from ado_tasks.models.initialise import initialise
@@ -45,7 +45,7 @@ from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.models.weights import parameter_count
 from ado_tasks.report import Terminal
 from ado_tasks.storage import write_json
-from ado_tasks.variants import Variant, calibrated_variants, student_variants
+from ado_tasks.variants import Variant, calibrated_variants, student_folders, student_variants
 
 ROOT = Path(__file__).parents[1]
 FORMS = ("mlx compiled", "mlx uncompiled", "pytorch eager", "pytorch compiled")
@@ -99,7 +99,7 @@ def stored_chain(workspace: Path, steps: int) -> Chain | None:
         return None
     teacher = read_model(folder)
     samplings = [teacher_sampling(folder, steps)]
-    for family in sorted(path for path in folder.parent.glob("*") if any(c.name.isdigit() for c in path.glob("*"))):
+    for family in student_folders(folder.parent):
         for variant in student_variants(family):
             samplings.append(_sampling(variant, family / str(int(variant.name.rpartition("-")[2]))))
     if any((workspace / "schedules" / "teacher").glob("*-*.json")):
@@ -159,6 +159,8 @@ def bench(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any
     """Time one network: training, then sampling and the chain."""
     network = NETWORKS[name]
     workspace = options.workspace or Path(network.workspace)
+    if options.workspace and not (workspace / "models" / "teacher" / "model_index.json").exists():
+        raise ArtifactError(f"--workspace {workspace}: no models/teacher in it; allowed: where `make demo` has run")
     chain = stored_chain(workspace, options.steps) or random_chain(name, folder / name, options.steps)
     stored = read_model(chain.teacher)
     training, sampling = network.on_a_cpu if on_cpu() else network.elsewhere

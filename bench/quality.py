@@ -49,7 +49,14 @@ from ado_tasks.registry.workspace import Workspace
 from ado_tasks.report import Reporter, Terminal
 from ado_tasks.sampling import Draw, Images, Sampler, draw
 from ado_tasks.storage import atomic_file, sha256_tree, write_json
-from ado_tasks.variants import calibrated_variant, read_knots, schedule_of, student_variants, teacher_variants
+from ado_tasks.variants import (
+    calibrated_variant,
+    read_knots,
+    schedule_of,
+    student_folders,
+    student_variants,
+    teacher_variants,
+)
 
 DRAW = "bench-quality"  # name of the noise: nothing is chosen on it
 FINE_SOLVER = "dpmpp_2m"  # at the same number of steps nearer to the exact solution than DDIM (JOURNAL, 2026-11-23)
@@ -135,11 +142,6 @@ def our_rows(root: Path, schedules: Sequence[Path], nfe: Sequence[int], samplers
         for variant in student_variants(family):
             add(family.name, family / variant.name.rpartition("-")[2], variant)
     return rows
-
-
-def student_folders(models: Path) -> list[Path]:
-    """Families of students: folders whose own folders are named by numbers of steps."""
-    return sorted(path for path in models.glob("*") if any(child.name.isdigit() for child in path.glob("*")))
 
 
 def their_rows(
