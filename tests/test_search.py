@@ -7,7 +7,8 @@ import pytest
 
 from ado_tasks import rng
 from ado_tasks.architecture.choice import Policy
-from ado_tasks.config import parse
+from ado_tasks.architecture.cost import multiply_adds
+from ado_tasks.config import as_plain, parse
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.interop.diffusers_folder import read_model, write_model
@@ -84,7 +85,8 @@ def fabricated(folder: Path, figures: dict[str, tuple[int, float, float]]) -> di
     """Probes of (rung, quality loss, latency), a teacher of latency 1, and the file of `weigh`."""
     weighed = {"teacher": entry(1.0)}
     for lane, (rung, loss, latency) in figures.items():
-        write(folder / lane, network(4))
+        event = {"task": "probe", "config": as_plain(parse(ProbeConfig, SETTINGS, "probe"))}
+        write_model(folder / lane, network(4), Cosine().to_diffusers("v_prediction"), {"history": [event]})
         plain = {"point": [0], "rung": rung, "quality_loss": loss, "multiply_adds": 1, "parameters": 1, "kept": {}}
         write_json(folder / lane / "probe.json", plain)
         weighed[lane] = entry(latency)
@@ -122,6 +124,24 @@ def test_the_teacher_stays_where_no_probe_is_good_enough(tmp_path: Path) -> None
     assert (got.chosen, got.speedup) == ("teacher", 1.0)
     assert "the teacher stays" in read_json(tmp_path / "out" / "search.json", "reason")["reason"]
     assert read_model(tmp_path / "out").unet.config.block_out_channels == (8,)
+
+
+def test_what_the_probes_took_is_counted_beside_the_teachers_training(place: Path, tmp_path: Path) -> None:
+    """Images that went through each network, counted by hand: lanes 0 to 3 of `place`, one step of 4 images each."""
+    whole = multiply_adds(network().config, 8, 8)
+    trained = {"task": "train", "config": {"steps": 2, "batch_size": 16}}
+    write_model(tmp_path / "teacher", network(), Cosine().to_diffusers("v_prediction"), {"history": [trained]})
+    lanes = [place / "probes" / lane for lane in "0123"]
+    said = [read_probe(lane) for lane in lanes]
+    weighed = {name: entry(1.0) for name in ("teacher", "0", "1", "2", "3")}
+    write_json(tmp_path / "probes.json", {"networks": weighed})
+    search(SearchConfig(), teacher=tmp_path / "teacher", probes=tuple(lanes), measured=tmp_path / "probes.json",
+           out=tmp_path / "out")  # fmt: skip
+    tuned = sum(4 * (3 * each["multiply_adds"] + whole) for each in said)
+    importance = 3 * 16 * 3 * whole  # of the three lanes of the lowest rung, 16 images each
+    cost = read_json(tmp_path / "out" / "search.json", "cost")["cost"]
+    assert cost["multiply_adds"] == tuned + importance
+    assert cost["share_of_training"] == (tuned + importance) / (2 * 16 * 3 * whole)
 
 
 def test_a_probe_that_was_not_weighed_is_named(tmp_path: Path) -> None:
