@@ -10,11 +10,14 @@ from ado_tasks.architecture.choice import Policy
 from ado_tasks.architecture.cost import multiply_adds
 from ado_tasks.config import as_plain, parse
 from ado_tasks.diffusion.schedules import Cosine
+from ado_tasks.distill import distill
 from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.interop.diffusers_folder import read_model, write_model
 from ado_tasks.models.initialise import initialise
+from ado_tasks.models.quantised import bits_of
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.probe import ProbeConfig, probe, read_probe
 from ado_tasks.search import SearchConfig, search
@@ -29,11 +32,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def network(width: int = 8) -> UNet2D:
+def network(width: int = 8, time: int = 8) -> UNet2D:
     config = UNet2DConfig(
         sample_size=8, in_channels=1, out_channels=1, num_class_embeds=10, block_out_channels=(width,),
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1, norm_num_groups=4,
-        add_attention=False, time_embedding_dim=8,
+        add_attention=False, time_embedding_dim=time,
     )  # fmt: skip
     unet = UNet2D(config)
     initialise(unet, rng.key(0, "search"))
@@ -79,6 +82,30 @@ def test_lanes_take_what_the_race_gives_them(place: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             run(place, lane, before)
+
+
+def test_few_bits_pass_through_the_race_and_the_students(place: Path, tmp_path: Path) -> None:
+    """Tuned in floats, judged and kept in few bits, in each rung; students have their teacher's bits."""
+    write(tmp_path / "teacher", network(time=32))
+    settings = {
+        **SETTINGS, "space": {"linear_bits": [4, 8, 32]}, "race": {"sizes": [3, 3], "steps": [1, 1], "unguided": 3},
+    }  # fmt: skip
+    given = {"teacher": tmp_path / "teacher", "dataset": place / "data", "scratch": tmp_path / "scratch", "seed": 0}
+    lanes = [tmp_path / "probes" / str(lane) for lane in range(6)]
+    for number, lane in enumerate(lanes):
+        probe(parse(ProbeConfig, settings, "probe"), out=lane, before=tuple(lanes[:3]) if number > 2 else (), **given)
+    for rung in (lanes[:3], lanes[3:]):
+        said = {read_probe(lane)["linear_bits"]: read_probe(lane) for lane in rung}
+        assert {bits_of(read_model(lane).unet) for lane in rung} == said.keys() == {4, 8, None}
+        assert len({each["parameters"] for each in said.values()}) == 1
+        assert said[4]["weights_mb"] < said[8]["weights_mb"] < said[None]["weights_mb"]
+        assert len({each["quality_loss"] for each in said.values()}) == 3
+    few = next(lane for lane in lanes[3:] if read_probe(lane)["linear_bits"] == 4)
+    taught = parse(DistillConfig, {"teacher_steps": 2, "student_steps": [1], "stage_steps": 2, "batch_size": 4}, "d")
+    distill(taught, **{**given, "teacher": few}, out=tmp_path / "students")
+    assert bits_of(read_model(tmp_path / "students" / "1").unet) == 4
+    with pytest.raises(ConfigError, match="linear layers of 4 bits, which cannot be trained"):
+        probe(parse(ProbeConfig, settings, "probe"), **{**given, "teacher": few}, out=tmp_path / "again" / "0")
 
 
 def fabricated(folder: Path, figures: dict[str, tuple[int, float, float]]) -> dict[str, Any]:
