@@ -8,6 +8,7 @@ do not matter to the time. All forms in turn, compiled, on one thread.
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,17 @@ def action(unet: UNet2D, batch: int) -> Callable[[], None]:
     return lambda: mx.eval(compiled(*arguments))
 
 
+def processor_ms(actions: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Milliseconds of processor time, median of rounds in turn: what a busy machine says of a CPU."""
+    taken: dict[str, list[float]] = {form: [] for form in actions}
+    for _ in range(rounds):
+        for form, each in actions.items():
+            began = time.process_time()
+            each()
+            taken[form].append(time.process_time() - began)
+    return {form: 1e3 * float(np.median(values)) for form, values in taken.items()}
+
+
 def main() -> int:
     """Print a line for each network, batch and form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,12 +76,13 @@ def main() -> int:
         for form in FORMS:
             print(f"  {form}: weights {bytes_of[form] / 2**20:.3f} MB, output off by {off[form]:.2%} of its spread")
         for batch in options.batches:
-            seconds = interleaved({form: action(each, batch) for form, each in forms.items()}, options.rounds)
+            actions = {form: action(each, batch) for form, each in forms.items()}
+            seconds, cpu_ms = interleaved(actions, options.rounds), processor_ms(actions, options.rounds)
             gains = speedups(seconds, "float32")
             for form, taken in seconds.items():
-                ms = Spread.of(taken).scaled(1e3)
-                print(f"  batch {batch}, {form}: {ms.median:.2f} ms, {gains[form].median:.2f} times as fast as float32 "
-                      f"[{gains[form].min:.2f}, {gains[form].max:.2f}]")  # fmt: skip
+                ms, gain = Spread.of(taken).scaled(1e3), gains[form]
+                print(f"  batch {batch}, {form}: {cpu_ms[form]:.2f} ms of processor, {ms.median:.2f} ms, "
+                      f"{gain.median:.2f} times as fast as float32 [{gain.min:.2f}, {gain.max:.2f}]")  # fmt: skip
     return 0
 
 
