@@ -22,14 +22,16 @@ from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
 from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.interop.diffusers_folder import StoredModel, extended, read_model, write_model
+from ado_tasks.models.quantised import bits_of, check_floating, floating, quantised
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
-from ado_tasks.models.weights import parameter_count
+from ado_tasks.models.weights import flat_parameters, parameter_count
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.storage import atomic_folder, read_json, sha256_tree, write_json
 
 FIGURES = "probe.json"
+WEIGHTS_MB = "weights_mb"  # key: where the space has linear layers of few bits, which multiply-adds do not tell apart
 
 
 @config
@@ -79,6 +81,7 @@ def probe(
     """
     lane = _lane(out, config.race)
     stored, data = read_model(teacher), open_dataset(dataset)
+    check_floating(stored.unet, str(teacher))
     stored.unet.config.check_data(data.shape, data.num_classes, f"{teacher}/unet/config.json")
     part, held_out = data.split("train"), data.split("selection")
     kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))
@@ -92,22 +95,26 @@ def probe(
             gradient_batches(lesson, part, config.importance_batches, config.importance_batch),
         )  # fmt: skip
         inherited = inherit(stored.unet, space.candidate(point), found)
-        unet, kept, record = inherited.unet, inherited.kept, stored.record
+        unet, kept, record, bits = inherited.unet, inherited.kept, stored.record, space.bits(point)
     else:
         point, unet, kept, record = _goes_on(before, lane, config.race)
+        unet, bits = floating(unet), bits_of(unet)
     inputs = {"dataset": data.sha256, "teacher": sha256_tree(teacher), "start": str(out.name)}
     inputs |= {str(each.name): sha256_tree(each) for each in before}
     checkpoints = Checkpoints.under(scratch, run_key(__name__, as_plain(config), inputs, seed))
     lesson = Lesson(config.tune, stored.unet, kept, schedule, kind, lesson.seed)
     first, steps = sum(config.race.steps[: lane.rung]), config.race.steps[lane.rung]
     curve = tune(lesson, unet, part, first, steps, checkpoints, report)
-    result = ProbeResult(
-        lesson.quality_loss(unet, held_out), multiply_adds(unet.config, *data.shape[:2]), parameter_count(unet)
-    )
+    parameters = parameter_count(unet)
+    unet = quantised(unet, bits)
+    result = ProbeResult(lesson.quality_loss(unet, held_out), multiply_adds(unet.config, *data.shape[:2]), parameters)
     with atomic_folder(out) as folder:
         event = {"task": "probe", "lane": int(out.name), "point": list(point), "rung": lane.rung, "seed": seed}
         write_model(folder, unet, stored.scheduler_config, extended(record, event | {"config": as_plain(config)}))
-        write_json(folder / FIGURES, _figures(result, point, lane, unet.config, kept, curve))
+        figures = _figures(result, point, lane, unet.config, kept, curve)
+        if config.space.linear_bits:
+            figures |= {"linear_bits": bits, WEIGHTS_MB: sum(a.nbytes for a in flat_parameters(unet).values()) / 2**20}
+        write_json(folder / FIGURES, figures)
     report.metric("quality_loss", result.quality_loss)
     checkpoints.clear()
     return result
@@ -127,14 +134,15 @@ def _proposal(
     order = rng.generator(seed, "probe", "proposals").permutation(len(points))
     if not expected:
         return points[order[lane.place % len(points)]]
-    tried = {
-        tuple(each["point"]): Measured(str(each["point"]), each["quality_loss"], float(each["multiply_adds"]))
-        for each in said
-    }
+    tried = {tuple(each["point"]): _measured(str(each["point"]), each) for each in said}
     cost = {point: float(multiply_adds(space.candidate(point), *shape[:2])) for point in points}
     history = [Tried(point, figures) for point, figures in tried.items()]
     found = propose(space, points, cost, history, None, race.sizes[0] - race.unguided, seed)
     return (found or points)[(lane.place - race.unguided) % len(found or points)]
+
+
+def _measured(name: str, said: dict[str, Any]) -> Measured:
+    return Measured(name, said["quality_loss"], float(said["multiply_adds"]), said.get(WEIGHTS_MB, 0.0))
 
 
 def read_probe(folder: Path) -> dict[str, Any]:
@@ -169,10 +177,7 @@ def _goes_on(
     folders = {int(folder.name): folder for folder in before}
     # Two lanes of one point are one candidate; the lower number speaks for both.
     by_point = {tuple(said[number]["point"]): number for number in sorted(said, reverse=True)}
-    candidates = [
-        Measured(f"{number:06d}", said[number]["quality_loss"], float(said[number]["multiply_adds"]))
-        for number in by_point.values()
-    ]
+    candidates = [_measured(f"{number:06d}", said[number]) for number in by_point.values()]
     going = survivors(candidates, race.sizes[lane.rung])
     if not going:
         raise ArtifactError(f"{before[0].parent}: no probe of rung {lane.rung - 1} has a finite quality loss")

@@ -8,9 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ado_tasks.architecture.choice import Measured, Policy, choose, pareto_front
+from ado_tasks.architecture.cost import multiply_adds, probe_multiply_adds
 from ado_tasks.config import as_plain, config
 from ado_tasks.errors import ArtifactError, ConfigError
-from ado_tasks.interop.diffusers_folder import extended, read_model, write_model
+from ado_tasks.interop.diffusers_folder import StoredModel, extended, read_model, write_model
+from ado_tasks.optimise.cost import training_passes
 from ado_tasks.pictures import plain_axes, save_figure
 from ado_tasks.probe import read_probe
 from ado_tasks.report import SILENT, Reporter
@@ -42,8 +44,9 @@ def search(
 ) -> SearchResult:  # fmt: skip
     """Choose among the probes of the highest rung. Nothing is trained or timed here.
 
-    `out/` is the chosen network as a Diffusers folder, with search.json (every probe's figures, the front, the policy
-    and its reason) and search.png. Where nothing is within the policy's limits it is the teacher, which loses nothing.
+    `out/` is the chosen network as a Diffusers folder, with search.json (every probe's figures, the front, the policy,
+    its reason, and what the probes took) and search.png. Where nothing is within the policy's limits it is the teacher,
+    which loses nothing.
 
     Args:
         config: see SearchConfig.
@@ -74,6 +77,7 @@ def search(
     folder = teacher if chosen.name == TEACHER else next(each for each in probes if each.name == chosen.name)
     speedup = weighed[chosen.name]["speedup_vs_teacher"]["median"]
     reason = _reason(chosen, last, config.policy, speedup)
+    cost = _cost(read_model(teacher), [read_model(each) for each in probes], list(said.values()))
     with atomic_folder(out) as made:
         stored = read_model(folder)
         event = {"task": "search", "chosen": chosen.name, "policy": as_plain(config.policy)}
@@ -81,12 +85,15 @@ def search(
         plain = {
             "chosen": chosen.name, "reason": reason, "policy": as_plain(config.policy),
             "front": [each.name for each in front],
+            "cost": cost,
             "probes": [_entry(each, said.get(each.name), weighed[each.name]) for each in everyone.values()],
         }  # fmt: skip
         write_json(made / FIGURES, plain)
         _save_picture(made / PICTURE, everyone, said, top, front, chosen, config.policy)
     report.metric("quality_loss", chosen.quality_loss)
     report.metric("speedup", speedup)
+    if cost["share_of_training"] is not None:
+        report.metric("share_of_training", cost["share_of_training"])
     report.picture("search", out / PICTURE)
     return SearchResult(chosen.name, chosen.quality_loss, speedup)
 
@@ -117,6 +124,21 @@ def _reason(chosen: Measured, candidates: Sequence[Measured], policy: Policy, sp
     )
 
 
+def _cost(teacher: StoredModel, probes: Sequence[StoredModel], said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all probes took, in multiply-adds and beside the teacher's training; None where it was not trained here."""
+    network = teacher.unet.config
+    size = network.sample_size or network.size_multiple
+    whole = multiply_adds(network, *(size if isinstance(size, tuple) else (size, size)))
+    events = [stored.record["history"][-1] for stored in probes]  # of the lane's own rung
+    total = sum(
+        probe_multiply_adds(event["config"], each["rung"], each["multiply_adds"], whole)
+        for event, each in zip(events, said, strict=True)
+    )
+    training = training_passes(teacher.record)
+    share = total / (training.evaluations * whole) if training else None
+    return {"multiply_adds": total, "share_of_training": share}
+
+
 def _entry(each: Measured, said: Mapping[str, Any] | None, weighed: Mapping[str, Any]) -> dict[str, Any]:
     """A probe's figures; without the channels that it kept."""
     kept = {key: value for key, value in (said or {}).items() if key not in {"kept", "curve"}}
@@ -127,18 +149,28 @@ def _save_picture(
     path: Path, everyone: Mapping[str, Measured], said: Mapping[str, Any], top: int, front: Sequence[Measured],
     chosen: Measured, policy: Policy,
 ) -> None:  # fmt: skip
-    figure = Figure((7, 4.5))
+    figure = Figure((7.5, 4.5))
     axes = plain_axes(figure)
     for rung in range(top + 1):
-        mine = [everyone[name] for name, each in said.items() if each["rung"] == rung]
+        mine = [each for name, each in everyone.items() if name in said and said[name]["rung"] == rung]
         axes.scatter([e.cost for e in mine], [e.quality_loss for e in mine], s=22 + 14 * rung, label=f"rung {rung}",
                      color=f"C{rung}", alpha=1.0 if rung == top else 0.45)  # fmt: skip
-    axes.plot([e.cost for e in front], [e.quality_loss for e in front], color="black", linewidth=0.8, label="front")
-    axes.scatter([chosen.cost], [chosen.quality_loss], s=160, facecolors="none", edgecolors="black", label="chosen")
+    teacher = everyone[TEACHER]
+    axes.scatter([teacher.cost], [0], s=60, marker="D", color="black", label=TEACHER, clip_on=False, zorder=3)
+    # What can be had at each cost: the least loss up to there, so a staircase.
+    axes.step([e.cost for e in front], [e.quality_loss for e in front], where="post", color="black", linewidth=0.8,
+              label="front")  # fmt: skip
+    axes.scatter([chosen.cost], [chosen.quality_loss], s=180, facecolors="none", edgecolors="black", label="chosen",
+                 clip_on=False, zorder=4)  # fmt: skip
+    for each in {each.name: each for each in (*front, chosen)}.values():
+        if each.name != TEACHER:
+            axes.annotate(each.name, (each.cost, each.quality_loss), (9, 6), textcoords="offset points", fontsize=8)
     axes.axhline(policy.max_quality_loss, color="C3", linewidth=0.8, linestyle="--", label="limit")
     axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(0, 2 * max(policy.max_quality_loss, *(each.quality_loss for each in everyone.values())))
+    axes.set_xlim(left=0)
     axes.set_xlabel("one evaluation, ms an image")
     axes.set_ylabel("quality loss (the teacher: 0)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(path, figure)

@@ -12,6 +12,7 @@ from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.diffusion.solvers import SOLVERS
 from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.interop.diffusers_folder import RECORD, StoredModel, read_model
+from ado_tasks.models.quantised import floating
 from ado_tasks.models.weights import parameter_count
 from ado_tasks.storage import read_json
 
@@ -40,7 +41,7 @@ class Variant:
     @property
     def parameters(self) -> int:
         """Numbers in its network."""
-        return parameter_count(self.model.unet)
+        return parameter_count(floating(self.model.unet))
 
     @property
     def family(self) -> str:

@@ -4,14 +4,18 @@ The space is small enough to be tuned whole: 30 networks around a teacher of the
 race's rungs and timed. `--table` makes that table (minutes; goes on where it stopped) and keeps it in
 bench/reports/search_small_space.json. Without it the search is played on the table, with several seeds, in seconds.
 
-    python bench/search_small_space.py --table --dataset data/digits
+    python bench/search_small_space.py --table --dataset data/digits --jobs 2
     python bench/search_small_space.py
 """
 
 import argparse
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +24,17 @@ import numpy as np
 from ado_tasks import rng
 from ado_tasks.architecture.choice import Measured, Policy, choose
 from ado_tasks.architecture.cost import multiply_adds
-from ado_tasks.architecture.importance import measure_importance
+from ado_tasks.architecture.importance import Importance, measure_importance
 from ado_tasks.architecture.inherit import inherit
 from ado_tasks.architecture.propose import Tried, can_win, propose
 from ado_tasks.architecture.race import survivors
 from ado_tasks.architecture.space import Point, Space, SpaceConfig
 from ado_tasks.architecture.tuning import Lesson, TuneConfig, denoising_loss, gradient_batches, tune
 from ado_tasks.backend import mx
-from ado_tasks.datasets.shards import open_dataset
+from ado_tasks.datasets.shards import Dataset, open_dataset
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
 from ado_tasks.hardware.latency import interleaved
-from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.interop.diffusers_folder import StoredModel, read_model
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.checkpoints import Checkpoints
@@ -48,45 +52,64 @@ SPACE = SpaceConfig(
     channels=((8, 16), (16, 24, 32)), layers_per_block=(1, 2), middle=("none", "plain", "attention"),
 )  # fmt: skip
 RUNGS = (25, 50, 150)  # steps in each
-TUNE = TuneConfig(batch_size=32)
+TUNE = TuneConfig(batch_size=32, shards=1)  # several candidates are tuned at a time
 TRAIN_STEPS, BATCH, ROUNDS = 800, 64, 15
 LIMITS = (0.2, 0.35, 0.5, 0.75, 1.0)  # quality losses: the search is played for each, where one candidate is within it
 SEEDS, SHARE = 10, 0.4
 
 
-def make_table(dataset: Path, work: Path, seconds: float) -> bool:
+def make_table(dataset: Path, work: Path, seconds: float, jobs: int) -> bool:
     """Train the teacher, tune every candidate, and time them all in turn. False where the time was over before."""
-    began = time.perf_counter()
-    data = open_dataset(dataset)
-    part, held_out = data.split("train"), data.split("selection")
+    deadline_s = time.time() + seconds
     if not (work / "teacher").exists():
         settings = TrainConfig(model=TEACHER, steps=TRAIN_STEPS, learning_rate=5e-3, warmup_steps=50, ema_decay=0.99)
         train(settings, dataset=dataset, out=work / "teacher", scratch=work / "scratch", seed=0)
-    stored = read_model(work / "teacher")
-    schedule = schedule_from_diffusers(stored.scheduler_config)
-    lesson = Lesson(TUNE, stored.unet, {}, schedule, "v_prediction", 0)
-    found = measure_importance(stored.unet, denoising_loss(lesson), gradient_batches(lesson, part, 16, 16))
-    space = Space.around(stored.unet.config, SPACE)
-    for number, point in enumerate(space.points()):
-        place = work / f"{number}.json"
-        if place.exists():
-            continue
-        if time.perf_counter() - began > seconds:
-            return False
-        got = inherit(stored.unet, space.candidate(point), found)
-        lesson = Lesson(TUNE, stored.unet, got.kept, schedule, "v_prediction", 0)
-        quality = [lesson.quality_loss(got.unet, held_out)]
-        for rung, steps in enumerate(RUNGS):
-            checkpoints = Checkpoints.under(work / "scratch", f"{number}-{rung}")
-            tune(lesson, got.unet, part, sum(RUNGS[:rung]), steps, checkpoints, SILENT)
-            quality.append(lesson.quality_loss(got.unet, held_out))
-        write_json(place, {"point": list(point), "quality_loss": quality})
-        print(f"{number}: {point} {quality} {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    rows = [read_json(work / f"{number}.json") for number, _ in enumerate(space.points())]
-    latency_ms = time_all(space, data.shape)
+    space = Space.around(read_model(work / "teacher").unet.config, SPACE)
+    points = list(space.points())
+    absent = [number for number in range(len(points)) if not (work / f"{number}.json").exists()]
+    # Processes of their own, started anew: MLX's threads do not outlive a fork.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        done = list(pool.map(tune_one, absent, repeat(dataset), repeat(work), repeat(deadline_s)))
+    if not all(done):
+        return False
+    rows = [read_json(work / f"{number}.json") for number in range(len(points))]
+    latency_ms = time_all(space, open_dataset(dataset).shape)
     rows = [row | {"latency_ms": latency_ms[tuple(row["point"])]} for row in rows]
-    write_json(TABLE, {"teacher": stored.unet.config.to_dict(), "rungs": list(RUNGS), "rows": rows})
+    write_json(TABLE, {"teacher": space.teacher.to_dict(), "rungs": list(RUNGS), "rows": rows})
     return True
+
+
+def tune_one(number: int, dataset: Path, work: Path, deadline_s: float) -> bool:
+    """Tune the candidate of this number through all rungs, on one thread. False where the time is over already."""
+    if time.time() > deadline_s:
+        return False
+    began = time.perf_counter()
+    data, stored, found = ground(dataset, work)
+    space = Space.around(stored.unet.config, SPACE)
+    point = list(space.points())[number]
+    got = inherit(stored.unet, space.candidate(point), found)
+    lesson = lesson_of(stored, got.kept)
+    quality = [lesson.quality_loss(got.unet, data.split("selection"))]
+    for rung, steps in enumerate(RUNGS):
+        checkpoints = Checkpoints.under(work / "scratch", f"{number}-{rung}")
+        tune(lesson, got.unet, data.split("train"), sum(RUNGS[:rung]), steps, checkpoints, SILENT)
+        quality.append(lesson.quality_loss(got.unet, data.split("selection")))
+    write_json(work / f"{number}.json", {"point": list(point), "quality_loss": quality})
+    print(f"{number}: {point} {quality} {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return True
+
+
+@cache
+def ground(dataset: Path, work: Path) -> tuple[Dataset, StoredModel, Importance]:
+    """What all candidates share, once a process: data, teacher, and what matters in it."""
+    data, stored = open_dataset(dataset), read_model(work / "teacher")
+    lesson = lesson_of(stored, {})
+    batches = gradient_batches(lesson, data.split("train"), 16, 16)
+    return data, stored, measure_importance(stored.unet, denoising_loss(lesson), batches)
+
+
+def lesson_of(stored: StoredModel, kept: Any) -> Lesson:
+    return Lesson(TUNE, stored.unet, kept, schedule_from_diffusers(stored.scheduler_config), "v_prediction", 0)
 
 
 def time_all(space: Space, shape: tuple[int, int, int]) -> dict[Point, float]:
@@ -195,8 +218,9 @@ def main() -> int:
     parser.add_argument("--dataset", type=Path, default=Path("data/digits"), help="folder made by `prepare`")
     parser.add_argument("--work", type=Path, default=Path(".ado/search_small_space"), help="where the table grows")
     parser.add_argument("--seconds", type=float, default=1e9, help="tune no further candidate after this long")
+    parser.add_argument("--jobs", type=int, default=1, help="candidates tuned at a time, each on one thread")
     options = parser.parse_args()
-    if options.table and not make_table(options.dataset, options.work, options.seconds):
+    if options.table and not make_table(options.dataset, options.work, options.seconds, options.jobs):
         print("the time is over; the same command goes on", file=sys.stderr)
         return 2
     if options.synthetic or not TABLE.exists():

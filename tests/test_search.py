@@ -7,13 +7,17 @@ import pytest
 
 from ado_tasks import rng
 from ado_tasks.architecture.choice import Policy
-from ado_tasks.config import parse
+from ado_tasks.architecture.cost import multiply_adds
+from ado_tasks.config import as_plain, parse
 from ado_tasks.diffusion.schedules import Cosine
+from ado_tasks.distill import distill
 from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.interop.diffusers_folder import read_model, write_model
 from ado_tasks.models.initialise import initialise
+from ado_tasks.models.quantised import bits_of
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.probe import ProbeConfig, probe, read_probe
 from ado_tasks.search import SearchConfig, search
@@ -29,11 +33,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def network(width: int = 8) -> UNet2D:
+def network(width: int = 8, time: int = 8) -> UNet2D:
     config = UNet2DConfig(
         sample_size=8, in_channels=1, out_channels=1, num_class_embeds=10, block_out_channels=(width,),
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1, norm_num_groups=4,
-        add_attention=False, time_embedding_dim=8,
+        add_attention=False, time_embedding_dim=time,
     )  # fmt: skip
     unet = UNet2D(config)
     initialise(unet, rng.key(0, "search"))
@@ -83,11 +87,36 @@ def test_lanes_take_what_the_race_gives_them(place: Path) -> None:
             run(place, lane, before)
 
 
+def test_few_bits_pass_through_the_race_and_the_students(place: Path, tmp_path: Path) -> None:
+    """Tuned in floats, judged and kept in few bits, in each rung; students have their teacher's bits."""
+    write(tmp_path / "teacher", network(time=32))
+    settings = {
+        **SETTINGS, "space": {"linear_bits": [4, 8, 32]}, "race": {"sizes": [3, 3], "steps": [1, 1], "unguided": 3},
+    }  # fmt: skip
+    given = {"teacher": tmp_path / "teacher", "dataset": place / "data", "scratch": tmp_path / "scratch", "seed": 0}
+    lanes = [tmp_path / "probes" / str(lane) for lane in range(6)]
+    for number, lane in enumerate(lanes):
+        probe(parse(ProbeConfig, settings, "probe"), out=lane, before=tuple(lanes[:3]) if number > 2 else (), **given)
+    for rung in (lanes[:3], lanes[3:]):
+        said = {read_probe(lane)["linear_bits"]: read_probe(lane) for lane in rung}
+        assert {bits_of(read_model(lane).unet) for lane in rung} == said.keys() == {4, 8, None}
+        assert len({each["parameters"] for each in said.values()}) == 1
+        assert said[4]["weights_mb"] < said[8]["weights_mb"] < said[None]["weights_mb"]
+        assert len({each["quality_loss"] for each in said.values()}) == 3
+    few = next(lane for lane in lanes[3:] if read_probe(lane)["linear_bits"] == 4)
+    taught = parse(DistillConfig, {"teacher_steps": 2, "student_steps": [1], "stage_steps": 2, "batch_size": 4}, "d")
+    distill(taught, **{**given, "teacher": few}, out=tmp_path / "students")
+    assert bits_of(read_model(tmp_path / "students" / "1").unet) == 4
+    with pytest.raises(ConfigError, match="linear layers of 4 bits, which cannot be trained"):
+        probe(parse(ProbeConfig, settings, "probe"), **{**given, "teacher": few}, out=tmp_path / "again" / "0")
+
+
 def fabricated(folder: Path, figures: dict[str, tuple[int, float, float]]) -> dict[str, Any]:
     """Probes of (rung, quality loss, latency), a teacher of latency 1, and the file of `weigh`."""
     weighed = {"teacher": entry(1.0)}
     for lane, (rung, loss, latency) in figures.items():
-        write(folder / lane, network(4))
+        event = {"task": "probe", "config": as_plain(parse(ProbeConfig, SETTINGS, "probe"))}
+        write_model(folder / lane, network(4), Cosine().to_diffusers("v_prediction"), {"history": [event]})
         plain = {"point": [0], "rung": rung, "quality_loss": loss, "multiply_adds": 1, "parameters": 1, "kept": {}}
         write_json(folder / lane / "probe.json", plain)
         weighed[lane] = entry(latency)
@@ -125,6 +154,24 @@ def test_the_teacher_stays_where_no_probe_is_good_enough(tmp_path: Path) -> None
     assert (got.chosen, got.speedup) == ("teacher", 1.0)
     assert "the teacher stays" in read_json(tmp_path / "out" / "search.json", "reason")["reason"]
     assert read_model(tmp_path / "out").unet.config.block_out_channels == (8,)
+
+
+def test_what_the_probes_took_is_counted_beside_the_teachers_training(place: Path, tmp_path: Path) -> None:
+    """Images that went through each network, counted by hand: lanes 0 to 3 of `place`, one step of 4 images each."""
+    whole = multiply_adds(network().config, 8, 8)
+    trained = {"task": "train", "config": {"steps": 2, "batch_size": 16}}
+    write_model(tmp_path / "teacher", network(), Cosine().to_diffusers("v_prediction"), {"history": [trained]})
+    lanes = [place / "probes" / lane for lane in "0123"]
+    said = [read_probe(lane) for lane in lanes]
+    weighed = {name: entry(1.0) for name in ("teacher", "0", "1", "2", "3")}
+    write_json(tmp_path / "probes.json", {"networks": weighed})
+    search(SearchConfig(), teacher=tmp_path / "teacher", probes=tuple(lanes), measured=tmp_path / "probes.json",
+           out=tmp_path / "out")  # fmt: skip
+    tuned = sum(4 * (3 * each["multiply_adds"] + whole) for each in said)
+    importance = 3 * 16 * 3 * whole  # of the three lanes of the lowest rung, 16 images each
+    cost = read_json(tmp_path / "out" / "search.json", "cost")["cost"]
+    assert cost["multiply_adds"] == tuned + importance
+    assert cost["share_of_training"] == (tuned + importance) / (2 * 16 * 3 * whole)
 
 
 def test_a_probe_that_was_not_weighed_is_named(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ Level = Annotated[int, Field(ge=0)]
 Middle = Literal["attention", "plain", "none"]
 Point = tuple[int, ...]  # a choice's number for each of DIMENSIONS
 
+FLOAT_BITS = 32
 KINDS = {"DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"}  # whose weights can be inherited
 
 
@@ -32,6 +33,7 @@ class SpaceConfig:
     attention: tuple[tuple[Level, ...], ...] = ()  # levels that attend, both ways: (1,) or () or …
     attention_head_dim: tuple[Positive, ...] = ()  # channels a head; heads can be joined, not split
     middle: tuple[Middle, ...] = ()  # with attention, its two residual blocks alone, or no middle
+    linear_bits: tuple[Literal[4, 8, 32], ...] = ()  # of linear layers, after tuning; 32: floats
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Space:
                 "attention": settings.attention or (_attention_of(teacher),),
                 "attention_head_dim": settings.attention_head_dim or (teacher.attention_head_dim,),
                 "middle": settings.middle or (_middle_of(teacher),),
+                **({"linear_bits": settings.linear_bits} if settings.linear_bits else {}),
             },
         )
 
@@ -106,6 +109,11 @@ class Space:
         )
         check_inheritance(self.teacher, made)
         return made
+
+    def bits(self, point: Point) -> int | None:
+        """Bits of a point's linear layers; None where they are floats."""
+        bits = self.values(point).get("linear_bits", FLOAT_BITS)
+        return None if bits == FLOAT_BITS else bits
 
     def points(self) -> Iterator[Point]:
         """Every point that is a network, in the order of the choices, the last dimension fastest."""

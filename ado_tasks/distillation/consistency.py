@@ -18,6 +18,7 @@ from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import StoredModel, extended, read_model, write_model
 from ado_tasks.metrics.kernel import kernel_sums, kid_from_sums, real_sums
 from ado_tasks.metrics.random_features import NAME, random_features, standardisation, standardise
+from ado_tasks.models.quantised import check_floating
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.consistency import (
     ConsistencyConfig,
@@ -88,6 +89,7 @@ def tune(
     """
     source = teacher if start is None else start
     stored, data = read_model(source), open_dataset(dataset)
+    check_floating(stored.unet, str(source))
     kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))
     if kind != "v_prediction":
         raise ConfigError(

@@ -18,6 +18,7 @@ from ado_tasks.diffusion.schedules import schedule_from_diffusers
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model, write_model
 from ado_tasks.models.embeddings import WeightEmbedding
+from ado_tasks.models.quantised import check_floating
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.weights import load_weights
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
@@ -52,6 +53,7 @@ def fold(
         DivergenceError: a loss is not finite.
     """
     stored, data = read_model(teacher), open_dataset(dataset)
+    check_floating(stored.unet, str(teacher))
     kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))
     if kind == "epsilon":
         raise ConfigError(f"{teacher}: predicts epsilon, whose x̂ has no bound as α → 0; allowed: v_prediction, sample")

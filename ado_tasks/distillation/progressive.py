@@ -1,5 +1,6 @@
 """Progressive distillation from a teacher's folder to its students': a chain, each taught by the one before."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from ado_tasks.diffusion.schedules import schedule_from_diffusers
 from ado_tasks.distillation.stopping import Stopping
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model, write_model
+from ado_tasks.models.quantised import bits_of, floating, quantised
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.cost import distillation_passes
 from ado_tasks.optimise.loop import Curve
@@ -39,6 +41,8 @@ def teach(
         raise ConfigError(
             f"{teacher}: predicts epsilon, which cannot be distilled to few steps; allowed: v_prediction, sample"
         )
+    bits = bits_of(stored.unet)  # students are taught in floats, and have as few bits as their teacher in the end
+    stored = replace(stored, unet=floating(stored.unet))
     stored.unet.config.check_data(data.shape, data.num_classes, f"{teacher}/unet/config.json")
     schedule = schedule_from_diffusers(stored.scheduler_config)
     stopping = _stopping(config, data, features, anchor, seed)
@@ -63,7 +67,8 @@ def teach(
     with atomic_folder(out) as folder:
         for steps, student in weights.items():
             stored.unet.update(student)
-            write_model(folder / str(steps), stored.unet, stored.scheduler_config, _record(stored, config, steps, seed))
+            unet, record = quantised(stored.unet, bits), _record(stored, config, steps, seed)
+            write_model(folder / str(steps), unet, stored.scheduler_config, record)
         write_json(folder / "curves.json", curves)
         save_curves(folder / "distillation.png", curves, "distillation loss")
         if stopping:

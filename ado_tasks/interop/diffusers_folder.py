@@ -3,6 +3,8 @@
 - model_index.json: the pipeline and the classes of its parts
 - unet/config.json: `UNet2DConfig`
 - unet/diffusion_pytorch_model.safetensors: weights, by Diffusers' names
+- unet/quantised.safetensors: where its linear layers have few bits, those; the weights above are then their values as
+  floats, and Diffusers reads the folder as any other
 - scheduler/scheduler_config.json: the noise schedule, in Diffusers' words
 - ado.json: what was done to the model, and the SHA-256 of the files above
 """
@@ -15,16 +17,26 @@ from typing import Any
 
 from ado_tasks.backend import mx
 from ado_tasks.errors import ArtifactError, ConfigError
+from ado_tasks.models.quantised import bits_of, floating, load_packed, packed
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import CLASS_NAME, UNet2DConfig
 from ado_tasks.models.weights import flat_parameters, load_weights, to_diffusers
-from ado_tasks.storage import atomic_folder, load_arrays, read_json, save_arrays, sha256_file, write_json
+from ado_tasks.storage import (
+    atomic_folder,
+    load_arrays,
+    load_arrays_and_metadata,
+    read_json,
+    save_arrays,
+    sha256_file,
+    write_json,
+)  # fmt: skip
 
 DIFFUSERS_VERSION = "0.37.1"  # whose UNet2DModel this is, and against which it is tested
 INDEX = "model_index.json"
 CONFIG = "config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 RECORD = "ado.json"
+QUANTISED, BITS = "quantised.safetensors", "bits"  # the file, and the key of its header
 WEIGHTS = "diffusion_pytorch_model"  # Diffusers' WEIGHTS_NAME without its ending
 SUMS = "sha256"  # key of ado.json; the rest of that file is the record
 NULL_LABEL = "null_label"  # key of the record: the label that stands for no class, where some were dropped in training
@@ -34,7 +46,7 @@ NULL_LABEL = "null_label"  # key of the record: the label that stands for no cla
 class StoredModel:
     """What a folder holds."""
 
-    unet: UNet2D  # with its weights, in float32
+    unet: UNet2D  # with its weights, in float32; linear layers of few bits where the folder has such
     scheduler_config: dict[str, Any]  # as in scheduler_config.json, `_class_name` included
     record: dict[str, Any]  # what was done to the model; empty for a folder that Diffusers wrote
 
@@ -65,8 +77,10 @@ def write_model(folder: Path, unet: UNet2D, scheduler_config: Mapping[str, Any],
         write_json(partial / INDEX, {"_class_name": pipeline, "_diffusers_version": DIFFUSERS_VERSION, **index})
         config = {"_diffusers_version": DIFFUSERS_VERSION, **unet.config.to_dict()}
         write_json(partial / "unet" / CONFIG, config)
-        weights = to_diffusers(flat_parameters(unet))
+        weights = to_diffusers(flat_parameters(floating(unet)))
         save_arrays(partial / "unet" / f"{WEIGHTS}.safetensors", weights, {"format": "pt"})
+        if bits := bits_of(unet):
+            save_arrays(partial / "unet" / QUANTISED, packed(unet), {BITS: str(bits)})
         write_json(partial / SCHEDULER, {"_diffusers_version": DIFFUSERS_VERSION, **scheduler_config})
         write_json(partial / RECORD, {**record, SUMS: _sums(partial)})
 
@@ -96,7 +110,15 @@ def read_unet(folder: Path) -> UNet2D:
         raise ArtifactError(f"{folder / CONFIG}: expected a mapping of keys")
     unet = UNet2D(UNet2DConfig.from_dict(values, where=str(folder / CONFIG)))
     load_weights(unet, _read_tensors(folder), str(folder))
-    return unet
+    return _with_few_bits(unet, folder / QUANTISED) if (folder / QUANTISED).exists() else unet
+
+
+def _with_few_bits(unet: UNet2D, path: Path) -> UNet2D:
+    tensors, header = load_arrays_and_metadata(path)
+    bits = header.get(BITS, "")
+    if not bits.isdecimal():
+        raise ArtifactError(f"{path}: its header says {bits!r} {BITS}; allowed: a number")
+    return load_packed(unet, tensors, int(bits), str(path))
 
 
 def _place(folder: Path) -> AbstractContextManager[Path]:

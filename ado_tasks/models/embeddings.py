@@ -69,7 +69,8 @@ class TimestepEmbedding(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, in) to (B, width), in the type of the weights."""
-        return self.linear_2(ops.silu(self.linear_1(x.astype(self.linear_1.weight.dtype))))
+        first = self.linear_1
+        return self.linear_2(ops.silu(first(x.astype(first.get("scales", first.weight).dtype))))  # scales: of few bits
 
 
 class WeightEmbedding(nn.Module):

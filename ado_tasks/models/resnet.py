@@ -136,8 +136,12 @@ class Attention(nn.Module):
         if "group_norm" in self:
             hidden = self.group_norm(hidden)
         projections = (self.to_q, self.to_k, self.to_v)
-        weights, biases = [each.weight for each in projections], [each.bias for each in projections]
-        hidden = ops.self_attention(hidden, weights, biases, self.heads, self.head_width**-0.5)
+        if isinstance(self.to_q, Linear):
+            weights, biases = [each.weight for each in projections], [each.bias for each in projections]
+            hidden = ops.self_attention(hidden, weights, biases, self.heads, self.head_width**-0.5)
+        else:  # of few bits: each is a product of its own
+            q, k, v = (each(hidden).reshape(b, h * w, self.heads, -1).swapaxes(1, 2) for each in projections)
+            hidden = ops.attention(q, k, v, self.head_width**-0.5).swapaxes(1, 2).reshape(b, h * w, -1)
         hidden = self.to_out[0](hidden).reshape(b, h, w, c)
         return _rescaled(x + hidden if self.residual else hidden, self.output_scale)
 

@@ -136,7 +136,13 @@ def make_small_project(folder: Path) -> Path:
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-q", "-m", "as it is"]):
-        identity = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
-        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+    subprocess.run(["git", "init", "-q", "-b", "main"], cwd=folder, check=True)
+    commit(folder, "as it is")
     return folder
+
+
+def commit(folder: Path, message: str) -> None:
+    """Everything in the folder."""
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@localhost"]
+    for command in (["add", "-A"], ["commit", "-q", "-m", message]):
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
