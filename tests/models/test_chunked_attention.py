@@ -94,14 +94,17 @@ def test_few_positions_keep_their_form(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def peak(function: Attention, positions: int) -> int:
-    """Bytes that a gradient needs on top of its inputs."""
+    """Bytes that a gradient needs on top of its inputs: the least of a few, for MLX runs ahead by as much as it can."""
     q, k, v = (draw(1, 1, positions, 8, name=name) for name in "qkv")
     step = mx.compile(mx.grad(lambda *a: mx.sum(function(*a) ** 2), argnums=[0, 1, 2]))
     mx.eval(q, k, v)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(step(q, k, v))
-    return mx.get_peak_memory() - before
+    found = []
+    for _ in range(5):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(step(q, k, v))
+        found.append(mx.get_peak_memory() - before)
+    return min(found)
 
 
 def test_memory_is_linear_in_positions(monkeypatch: pytest.MonkeyPatch) -> None:
