@@ -76,18 +76,24 @@ _FORWARD_SUMS = _add_up(
 
 _COLUMN_SUMS = _add_up("", "for (int i = 0; i < V; i++) one[i] += static_cast<float>(a.of[i]);")
 
-# Rows (B, 3, C) of each image: the centre, 1/σ, and Σ x̂ over pixels.
-_FORWARD_ROWS = """
-  const int N = x_shape[1], C = x_shape[2], splits = sums_shape[1], image = blockIdx.x;
-  const int width = C / GROUPS;
-  __shared__ float mean[2048], square[2048];
-  const float* in = sums + (size_t)image * splits * 2 * C;
+# a and b: the two sums of a channel of an image, over all splits; the loop over channels stays open.
+_OF_CHANNEL = """  const float* in = sums + (size_t)image * splits * 2 * C;
   for (int c = threadIdx.x; c < C; c += blockDim.x) {
     float a = 0.0f, b = 0.0f;
     for (int s = 0; s < splits; s++) {
       a += in[(size_t)s * 2 * C + c];
       b += in[(size_t)s * 2 * C + C + c];
-    }
+    }"""
+
+# Rows (B, 3, C) of each image: the centre, 1/σ, and Σ x̂ over pixels.
+_FORWARD_ROWS = (
+    """
+  const int N = x_shape[1], C = x_shape[2], splits = sums_shape[1], image = blockIdx.x;
+  const int width = C / GROUPS;
+  __shared__ float mean[2048], square[2048];
+"""
+    + _OF_CHANNEL
+    + """
     mean[c] = static_cast<float>(x[(size_t)image * N * C + c]) + a / N + shift[image * C + c];
     square[c] = b - a * (a / N);
   }
@@ -105,6 +111,7 @@ _FORWARD_ROWS = """
     out[2 * C + c] = (mean[c] - centre) * scale * N;
   }
 """
+)
 
 _PLACE = """
   const size_t place = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -150,17 +157,14 @@ _BACKWARD_SUMS = _add_up(
 )
 
 # (B, 5, C) of each image: A, B, Σ g_n, Σ g_n x̂ and the gradient of the shift.
-_BACKWARD_ROWS = """
+_BACKWARD_ROWS = (
+    """
   const int N = x_shape[1], C = x_shape[2], splits = sums_shape[1], image = blockIdx.x;
   const int width = C / GROUPS;
   __shared__ float one[2048], two[2048];
-  const float* in = sums + (size_t)image * splits * 2 * C;
-  for (int c = threadIdx.x; c < C; c += blockDim.x) {
-    float a = 0.0f, b = 0.0f;
-    for (int s = 0; s < splits; s++) {
-      a += in[(size_t)s * 2 * C + c];
-      b += in[(size_t)s * 2 * C + C + c];
-    }
+"""
+    + _OF_CHANNEL
+    + """
     one[c] = a;
     two[c] = b;
   }
@@ -183,6 +187,7 @@ _BACKWARD_ROWS = """
     out[4 * C + c] = own[C + c] * (weight[c] * one[c] - N * a - b * own[2 * C + c]);
   }
 """
+)
 
 _BACKWARD = (
     _VECTOR
