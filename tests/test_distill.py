@@ -1,20 +1,22 @@
 """The task `distill` as a whole: stages apart from each other, checkpoints without influence."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ado_tasks.config import parse
+from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.distill import distill
 from ado_tasks.errors import ConfigError
-from ado_tasks.interop.diffusers_folder import write_model
+from ado_tasks.interop.diffusers_folder import read_model, write_model
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.adversarial import AdversarialConfig
 from ado_tasks.optimise.matching import MatchingConfig
-from ado_tasks.optimise.progressive import Interval
+from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
 from ado_tasks.optimise.students import DistillConfig, Stage
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.storage import load_arrays, read_json
@@ -176,6 +178,69 @@ def test_the_learning_rate_starts_anew_and_reaches_0_in_each_stage() -> None:
     assert [each[0] for each in rates] == [1e-3, 2e-3, 3e-3]
     assert [each[-1] for each in rates[:2]] == [0, 0]
     assert all(np.all(np.diff(each) < 0) for each in rates)
+
+
+@pytest.mark.parametrize("taught_by", ["previous", "first"])
+def test_who_teaches_a_later_stage_and_in_how_many_steps(taught: Path, taught_by: Any) -> None:
+    """Students that cannot learn (a rate of almost 0) keep the teacher's weights, so each target shows its walk."""
+    config = DistillConfig(teacher_steps=12, teacher_solver="dpmpp_2m", student_steps=(4, 2, 1), taught_by=taught_by)
+    assert [config.walk_of(number) for number in range(3)] == ([3, 6, 12] if taught_by == "first" else [3, 2, 2])
+    solvers: list[WalkSolver] = [config.solver_of(number) for number in range(3)]
+    assert solvers == ["dpmpp_2m", *(["dpmpp_2m" if taught_by == "first" else "ddim"] * 2)]
+    part, net = open_dataset(taught / "data").split("train"), read_model(taught / "teacher").unet
+    for number, steps in enumerate(config.student_steps):
+        stage = Stage(config, number, Interval(steps, config.walk_of(number)), Cosine(), "v_prediction", 0)
+        found = stage.batches(part, stage.targets(net))(0)
+        drawn = stage.draw(part, 0)
+        expected = distillation_target(
+            stage.denoiser(net, [drawn["labels"]]), drawn["z"], drawn["times"], Cosine(), solvers[number]
+        )
+        assert drawn["times"].shape[1] == config.walk_of(number) + 1
+        np.testing.assert_allclose(found["target"], expected, atol=1e-5)
+
+
+def test_what_a_student_has_lost_is_not_handed_on_where_the_teacher_itself_teaches(taught: Path) -> None:
+    """A first student spoilt by one huge step: the next one's target is the teacher's walk, or the spoilt one's."""
+    options = {"teacher": taught / "teacher", "dataset": taught / "data", "scratch": taught / "scratch", "seed": 0}
+    last = {}
+    for taught_by in ("previous", "first"):
+        config = DistillConfig(
+            teacher_steps=8, student_steps=(4, 2), stage_steps=(1, 2), batch_size=32, learning_rate=(0.3, 1e-6),
+            taught_by=taught_by, checkpoint_every=1,
+        )  # fmt: skip
+        last[taught_by] = distill(config, **options, out=taught / f"by {taught_by}").final_loss[2]
+        said = read_json(taught / f"by {taught_by}" / "2" / "ado.json")["history"][-1]["config"]
+        assert said.get("taught_by", "previous") == taught_by
+    assert last["previous"] < 0.5 * last["first"]  # near to what taught it, as it begins as that
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_students_of_half_precision_are_near_those_of_whole_and_are_float32_on_disk(
+    taught: Path, precision: Any
+) -> None:
+    options = {"teacher": taught / "teacher", "dataset": taught / "data", "scratch": taught / "scratch", "seed": 0}
+    common = {
+        "teacher_steps": 8, "student_steps": (2,), "stage_steps": 30, "batch_size": 32, "learning_rate": 2e-3,
+        "matching": MatchingConfig(steps=(3,), batch_size=16),
+    }  # fmt: skip
+    distill(DistillConfig(**common), **options, out=taught / "float32")
+    distill(DistillConfig(**common, precision=precision), **options, out=taught / precision)
+    start = load_arrays(taught / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
+    whole, half = weights(taught, "float32", 2), weights(taught, precision, 2)
+    moved = apart = 0.0
+    for name, array in whole.items():
+        assert half[name].dtype == np.float32
+        moved += float(np.square(array - np.array(start[name])).sum())
+        apart += float(np.square(array - half[name]).sum())
+    assert 0 < apart < 0.1 * moved
+    said = [read_json(taught / name / "2" / "ado.json")["history"][-1]["config"] for name in ("float32", precision)]
+    assert [config.get("precision") for config in said] == [None, precision]
+
+
+def test_a_judge_in_float16_is_refused() -> None:
+    values = {"precision": "float16", "matching": {"steps": [1, 1, 1, 1], "adversarial": {"weight": 0.1}}}
+    with pytest.raises(ConfigError, match=r"float16 with matching\.adversarial"):
+        parse(DistillConfig, values, "distill.progressive")
 
 
 @pytest.mark.parametrize("key", ["stage_steps", "learning_rate"])

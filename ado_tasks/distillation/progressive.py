@@ -1,7 +1,6 @@
 """Progressive distillation from a teacher's folder to its students': a chain, each taught by the one before."""
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,14 @@ def teach(
     curves: dict[str, Curve] = {}
     weights: dict[int, Any] = {}
     first = parameters = stored.unet.parameters()
-    for number, (before, after) in enumerate(pairwise((config.teacher_steps, *config.student_steps))):
-        stage = Stage(config, number, Interval(after, before // after), schedule, kind, seed)
+    for number, after in enumerate(config.student_steps):
+        stage = Stage(config, number, Interval(after, config.walk_of(number)), schedule, kind, seed)
+        teaching = first if config.taught_by == "first" else parameters
         checkpoints = Checkpoints.under(scratch, key + f"-{after}")
-        student, curves[f"{after} steps"] = stage.run(stored.unet, parameters, part, checkpoints, report)
+        student, curves[f"{after} steps"] = stage.run(stored.unet, parameters, teaching, part, checkpoints, report)
         if config.matching_steps_of(number):
             checkpoints = Checkpoints.under(scratch, key + f"-{after}-matched")
-            student, curve = stage.match(stored.unet, student, parameters, first, part, checkpoints, report)
+            student, curve = stage.match(stored.unet, student, teaching, first, part, checkpoints, report)
             curves[f"{after} steps, matching"] = curve
         parameters = weights[after] = student
         if stopping and not stopping.goes_on(stored, student, after, report):
@@ -102,7 +102,7 @@ def _record(stored: StoredModel, config: DistillConfig, steps: int, seed: int) -
     method = "progressive, matching" if matched else "progressive"
     if matched and config.adversarial_weight_of(stage):
         method += ", adversarial"
-    settings = as_recorded(config, stop="never", targets_together=1)
+    settings = as_recorded(config, stop="never", targets_together=1, taught_by="previous", precision="float32")
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key
     done = {"task": "distill", "method": method, "steps": steps, "config": settings, "seed": seed}

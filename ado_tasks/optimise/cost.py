@@ -68,7 +68,8 @@ def family_passes(records: Iterable[Record]) -> Passes | None:
 def progressive_passes(config: Mapping[str, Any], steps: int) -> Passes:
     """Of progressive distillation down to a student of `steps`, matching included, from its config as plain values.
 
-    A step of a stage: its teacher's K evaluations of each image, and the student's gradient. One of matching: the
+    A step of a stage: its teacher's K evaluations of each image (of the first teacher's in every stage, where
+    `taught_by` says so), and the student's gradient. One of matching: the
     student's own n − 1 steps before the last and that last one, teacher and critic where it is noised, the stage's
     teacher again where regression holds on to it, then a gradient of the student and one of the critic. With an
     adversarial term half of the critic, where its features are narrowest, is gone through three times more: back to the
@@ -78,7 +79,7 @@ def progressive_passes(config: Mapping[str, Any], steps: int) -> Passes:
     matching, total, before = config.get("matching"), NOTHING, config["teacher_steps"]
     for stage, n in enumerate(students[: students.index(steps) + 1]):
         images = _of_stage(config["stage_steps"], stage) * config["batch_size"]
-        walk = before // n
+        walk = (config["teacher_steps"] if config.get("taught_by") == "first" else before) // n
         total += Passes(images * (walk + 1), images)
         if matching:
             images = matching["steps"][stage] * matching["batch_size"]

@@ -23,10 +23,12 @@ from ado_tasks.diffusion import losses
 from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule
+from ado_tasks.hardware.capability import Precision
+from ado_tasks.models.precision import in_precision, lowered
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.adversarial import AdversarialConfig, Judge, head_loss, logits, new_head, student_slope
 from ado_tasks.optimise.batches import images_of_step, labels_of
-from ado_tasks.optimise.progressive import Interval, distillation_target, student_step
+from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target, student_step
 from ado_tasks.optimise.steps import TrainStep
 from ado_tasks.parallel import Parts, Tree
 
@@ -77,6 +79,9 @@ class Matching:
     seed: int
     charbonnier: float  # c of the regression's distance, as in the stage before; 0: squared
     adversarial: float = 0.0  # weight of the term that looks at real images; 0: there is none
+    solver: WalkSolver = "ddim"  # of the stage's teacher
+    precision: Precision = "float32"  # of the passes that have a gradient; scores, whose difference moves samples, and
+    # what is sampled are float32
 
     def learning_rate_at(self, step: int) -> float:
         """Linear to 0."""
@@ -103,17 +108,20 @@ class Matching:
 
     # --- on arrays
 
-    def denoiser(self, net: UNet2D, weights: Tree, batch: Batch) -> Denoiser:
+    def denoiser(self, net: UNet2D, weights: Tree, batch: Batch, precision: Precision = "float32") -> Denoiser:
         """The network with these weights, and the batch's labels bound."""
         labels = [batch["labels"]] if "labels" in batch else []
+        network = in_precision(net, precision)
 
         def apply(z: mx.array, timestep: mx.array) -> mx.array:
-            net.update(weights)
-            return net(z, timestep, *labels)
+            net.update(lowered(weights, precision))
+            return network(z, timestep, *labels)
 
         return make_denoiser(apply, self.schedule, self.kind)
 
-    def judge(self, net: UNet2D, weights: Tree, batch: Batch, times: mx.array) -> Judge:
+    def judge(
+        self, net: UNet2D, weights: Tree, batch: Batch, times: mx.array, precision: Precision = "float32"
+    ) -> Judge:
         """The critic with its head, {"net", "head"}: noisy images to x̂ and to the logit that they are real."""
         labels = [batch["labels"]] if "labels" in batch else []
 
@@ -121,13 +129,13 @@ class Matching:
             middles = []
 
             def apply(z: mx.array, timestep: mx.array) -> mx.array:
-                net.update(weights["net"])
+                net.update(lowered(weights["net"], precision))
                 output, middle = net.with_middle(z, timestep, *labels)
                 middles.append(middle)
                 return output
 
             x_hat = make_denoiser(apply, self.schedule, self.kind)(z, times)
-            return x_hat, logits(weights["head"], middles[0])
+            return x_hat, logits(weights["head"], middles[0].astype(mx.float32))
 
         return judge
 
@@ -162,7 +170,7 @@ class Matching:
         found = {"z": z, "t": times[0][:, 0], "sample": x, "target": target}
         if self.config.regression:
             before = self.denoiser(net, weights["before"], batch)
-            found["regression"] = distillation_target(before, z, times[0], self.schedule)
+            found["regression"] = distillation_target(before, z, times[0], self.schedule, self.solver)
         return found
 
     def adversarial_pull(self, slope: mx.array, times: mx.array) -> mx.array:
@@ -178,7 +186,7 @@ class Matching:
         c = self.charbonnier
 
         def loss(weights: Tree, batch: Batch) -> mx.array:
-            x = self.denoiser(net, weights, batch)(batch["z"], batch["t"])
+            x = self.denoiser(net, weights, batch, self.precision)(batch["z"], batch["t"])
             ones = mx.ones(x.shape[0])
             matched = 0.5 * losses.weighted_squared_error(x, batch["target"], ones)
             if not self.config.regression:
@@ -200,10 +208,10 @@ class Matching:
             noisy = self.noised(batch["sample"], times, batch["critic_noise"])
             weight = losses.v(self.schedule.log_snr(times))
             if not self.adversarial:
-                x_hat = self.denoiser(net, weights, batch)(noisy, times)
+                x_hat = self.denoiser(net, weights, batch, self.precision)(noisy, times)
                 return mx.mean(losses.weighted_squared_error(x_hat, batch["sample"], weight))
             assert self.config.adversarial is not None
-            judge = self.judge(net, weights, batch, times)
+            judge = self.judge(net, weights, batch, times, self.precision)
             (x_hat, fake), (_, real) = judge(noisy), judge(self.noised(batch["real"], times, batch["real_noise"]))
             told_apart = self.config.adversarial.critic_weight * head_loss(real, fake)
             return mx.mean(losses.weighted_squared_error(x_hat, batch["sample"], weight) + told_apart)

@@ -16,6 +16,8 @@ from ado_tasks.diffusion import losses
 from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
 from ado_tasks.diffusion.parameterisation import expand
 from ado_tasks.diffusion.schedules import NoiseSchedule
+from ado_tasks.hardware.capability import Precision
+from ado_tasks.models.precision import in_precision, lowered
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.batches import images_of_step, labels_of
 from ado_tasks.optimise.checkpoints import Checkpoints
@@ -46,7 +48,11 @@ class DistillConfig:
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest global norm of a gradient (Salimans & Ho 2022, table 5)
     loss: Literal["truncated_snr", "v"] = "truncated_snr"  # weight on ‖x̂ − x̃‖² (Salimans & Ho 2022, §4)
     charbonnier: Annotated[float, Field(ge=0)] = 0.0  # c of √(w‖·‖² + c²) − c, a pixel; 0: the paper's squared error
+    taught_by: Literal["previous", "first"] = "previous"  # who a later stage learns from: the student before it
+    # (Salimans & Ho 2022), or the teacher itself, in as many steps of its own as the first stage's: dearer, and nothing
+    # that a student has lost is handed on. Weights are inherited from the student before in both.
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
+    precision: Precision = "float32"  # of a pass of student or teacher; weights, state, matching's scores are float32
     targets_together: Annotated[int, Field(ge=1)] = 1  # steps whose targets are computed at once: faster, more memory
     checkpoint_every: Annotated[int, Field(ge=1)] = 250  # steps
     matching: MatchingConfig | None = None  # what each student learns after its stage: see optimise/matching.py
@@ -61,6 +67,10 @@ class DistillConfig:
                 )
         if not self.student_steps:
             raise ValueError("student_steps: at least one stage is required")
+        if self.precision == "float16" and self.matching and self.matching.adversarial:
+            raise ValueError(
+                "precision: float16 with matching.adversarial is not supported; allowed: bfloat16, float32"
+            )
         given = {"stage_steps": self.stage_steps, "learning_rate": self.learning_rate}
         if self.matching:
             given |= {"matching.steps": self.matching.steps, "matching.learning_rate": self.matching.learning_rate}
@@ -80,6 +90,15 @@ class DistillConfig:
     def rate_of(self, stage: int) -> float:
         """Learning rate at the start of a stage."""
         return _of_stage(self.learning_rate, stage)
+
+    def walk_of(self, stage: int) -> int:
+        """Steps that the teacher of a stage takes in the place of one of the student's."""
+        first = stage == 0 or self.taught_by == "first"
+        return (self.teacher_steps if first else self.student_steps[stage - 1]) // self.student_steps[stage]
+
+    def solver_of(self, stage: int) -> WalkSolver:
+        """Of those steps. A student knows DDIM's from its own grid only: nothing else is asked of one that teaches."""
+        return self.teacher_solver if stage == 0 or self.taught_by == "first" else "ddim"
 
     def matching_steps_of(self, stage: int) -> int:
         """Steps of distribution matching after a stage."""
@@ -111,13 +130,13 @@ class Stage:
     seed: int
 
     def run(
-        self, unet: UNet2D, teacher: Any, part: Split, checkpoints: Checkpoints, report: Reporter
+        self, unet: UNet2D, start: Any, teacher: Any, part: Split, checkpoints: Checkpoints, report: Reporter
     ) -> tuple[Any, Curve]:
-        """Teach a student that starts from its teacher's weights; returns its weights and the loss curve."""
+        """Teach a student that starts from the weights `start`; returns its weights and the loss curve."""
         frozen = UNet2D(unet.config)
-        frozen.update(teacher)
+        frozen.update(lowered(teacher, self.config.precision))
         targets = self.targets(frozen)
-        step = TrainStep(self.loss(unet), teacher, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
+        step = TrainStep(self.loss(unet), start, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
         curve = self._repeat(
             step, f"distill_{self.interval.student_steps}", self.config.steps_of(self.number),
             self.batches(part, targets), self.learning_rate_at, checkpoints, report, 0,
@@ -134,6 +153,7 @@ class Stage:
             self.config.matching, self.interval, self.config.matching_steps_of(self.number),
             _of_stage(self.config.matching.learning_rate, self.number), self.schedule, self.kind,
             self.seed, self.config.charbonnier, self.config.adversarial_weight_of(self.number),
+            self.config.solver_of(self.number), self.config.precision,
         )  # fmt: skip
         step = MatchingStep(matching, unet, student, before, first, self.config.clip, self.config.shards, part.shape)
         curve = self._repeat(
@@ -162,15 +182,15 @@ class Stage:
 
     def denoiser(self, unet: UNet2D, labels: Sequence[mx.array]) -> Denoiser:
         """A network as a denoiser, with its labels (none or one array of them) bound."""
-        return make_denoiser(lambda z, timestep: unet(z, timestep, *labels), self.schedule, self.kind)
+        apply = in_precision(unet, self.config.precision)
+        return make_denoiser(lambda z, timestep: apply(z, timestep, *labels), self.schedule, self.kind)
 
     def targets(self, teacher: UNet2D) -> Callable[..., mx.array]:
         """(z, times, labels) → x̃, the teacher's weights compiled in.
 
         A function of its own: mx.compile mistakes weights that are held for weights that come in, where both are used.
         """
-        # A student knows DDIM's steps from its own grid only: nothing else is asked of it when it teaches.
-        solver: WalkSolver = self.config.teacher_solver if self.number == 0 else "ddim"
+        solver = self.config.solver_of(self.number)
 
         def walk(z: mx.array, times: mx.array, *labels: mx.array) -> mx.array:
             return distillation_target(self.denoiser(teacher, labels), z, times, self.schedule, solver)
@@ -182,7 +202,7 @@ class Stage:
         c = self.config.charbonnier
 
         def loss(parameters: Any, batch: Mapping[str, mx.array]) -> mx.array:
-            student.update(parameters)
+            student.update(lowered(parameters, self.config.precision))
             labels = [batch["labels"]] if "labels" in batch else []
             x_hat = self.denoiser(student, labels)(batch["z"], batch["t"])
             if c:

@@ -94,20 +94,21 @@ def test_training(place: Path, counted: dict[str, int]) -> None:
     assert distillation_passes(history(place / "other")) is None
 
 
+@pytest.mark.parametrize("taught_by", ["previous", "first"])
 @pytest.mark.parametrize("regression", [0.05, 0.0])
 def test_progressive_distillation_with_matching(
-    place: Path, teacher: Path, counted: dict[str, int], regression: float
+    place: Path, teacher: Path, counted: dict[str, int], regression: float, taught_by: Any
 ) -> None:
     config = DistillConfig(
-        teacher_steps=12, student_steps=(4, 2, 1), stage_steps=(3, 2, 1), batch_size=6,
+        teacher_steps=12, student_steps=(4, 2, 1), stage_steps=(3, 2, 1), batch_size=6, taught_by=taught_by,
         matching=MatchingConfig(steps=(2, 0, 3), batch_size=5, regression=regression),
     )  # fmt: skip
     report = Recorder()
     distill(
-        config, teacher=teacher, dataset=place / "data", out=place / "family", scratch=place / "scratch", seed=0,
+        config, teacher=teacher, dataset=place / "data", out=place / taught_by, scratch=place / "scratch", seed=0,
         report=report,
     )  # fmt: skip
-    records = [history(place / "family" / str(steps)) for steps in config.student_steps]
+    records = [history(place / taught_by / str(steps)) for steps in config.student_steps]
     found = family_passes(records)
     assert found is not None
     assert found == Passes(counted["forward"], counted["backward"])
