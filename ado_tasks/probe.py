@@ -178,7 +178,7 @@ def _goes_on(
     # Two lanes of one point are one candidate; the lower number speaks for both.
     by_point = {tuple(said[number]["point"]): number for number in sorted(said, reverse=True)}
     candidates = [_measured(f"{number:06d}", said[number]) for number in by_point.values()]
-    going = survivors(candidates, race.sizes[lane.rung])
+    going = survivors(candidates, race.sizes[lane.rung], race.good_enough)
     if not going:
         raise ArtifactError(f"{before[0].parent}: no probe of rung {lane.rung - 1} has a finite quality loss")
     number = int(going[lane.place % len(going)].name)

@@ -2,12 +2,14 @@
 
 Jamieson & Talwalkar 2016 (arXiv:1502.07943), algorithm 1, with rungs that are written down: rung r tunes `sizes[r]`
 candidates, the survivors of rung r−1, for `steps[r]` more steps. Nothing depends on which of them is done first.
-Who survives is decided by Pareto fronts, as a limit on quality at the end says little about quality at the start.
+Who survives is decided by Pareto fronts of loss and cost. A limit on quality at the end says little about quality at
+the start, but for one thing: who is within it already will be within it, and of those only the fastest can be chosen.
+`good_enough` says so; without it the candidates nearest to the teacher, which are the slowest, fill the last rung.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Self
 
@@ -25,6 +27,9 @@ class RaceConfig:
 
     sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (12, 6, 3)  # candidates tuned in each
     steps: tuple[Count, ...] = (60, 120, 360)  # optimiser steps in each, beside those of the rungs below
+    good_enough: Annotated[float, Field(gt=0)] | None = (
+        None  # quality loss below which less is no better; none: no such
+    )
     unguided: Count = 8  # of the lowest rung: points in a seeded order; the others are proposed by what came of these
 
     @model_validator(mode="after")
@@ -46,16 +51,19 @@ class RaceConfig:
         return self.total_steps() / sum(self.steps)
 
 
-def survivors(candidates: Sequence[Measured], count: int) -> list[Measured]:
+def survivors(candidates: Sequence[Measured], count: int, good_enough: float | None = None) -> list[Measured]:
     """Who goes on: front by front; within the front that does not fit whole, the least product of loss and cost.
 
-    Ties are broken by name: the order in which candidates were tuned decides nothing. NaN never goes before a number.
+    A loss below `good_enough` counts as that. Ties are broken by name: the order in which candidates were tuned decides
+    nothing. NaN never goes before a number.
     """
-    finite = [each for each in candidates if all(map(math.isfinite, each.figures))]
+    finite = {each.name: each for each in candidates if all(map(math.isfinite, each.figures))}
+    least = good_enough or 0.0
+    compared = [replace(each, quality_loss=max(each.quality_loss, least)) for each in finite.values()]
     chosen: list[Measured] = []
-    for front in fronts(finite):
+    for front in fronts(compared):
         chosen += sorted(front, key=_product)[: count - len(chosen)]
-    return chosen
+    return [finite[each.name] for each in chosen]
 
 
 def _product(candidate: Measured) -> tuple[float, str]:

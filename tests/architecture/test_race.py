@@ -1,6 +1,7 @@
 """What is chosen, who survives, what is proposed: against definitions, and against enumeration of a space."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,6 +59,25 @@ def test_survivors_do_not_depend_on_the_order(everyone: list[Measured], count: i
     assert survivors(shuffled, count) == going
     assert len(going) == min(count, len(everyone))
     assert not any(dominates(out, into) for into in going for out in everyone if out not in going)
+
+
+def test_of_those_that_are_good_enough_only_the_fastest_goes_before_others() -> None:
+    everyone = [
+        Measured("as the teacher", 0.001, 6.0), Measured("near it", 0.01, 5.0), Measured("enough", 0.15, 4.0),
+        Measured("half", 0.5, 2.5), Measured("tiny", 1.2, 1.0),
+    ]  # fmt: skip
+    plain = {each.name for each in survivors(everyone, 3)}
+    assert plain == {"as the teacher", "near it", "enough"}  # by the product of loss and cost
+    going = survivors(everyone, 3, good_enough=0.2)
+    assert {each.name for each in going} == {"enough", "half", "tiny"}
+    assert going[0] == everyone[2]  # the product of 0.2 and 4; what is handed on has its own loss
+    assert {each.name for each in survivors(everyone, 4, 0.2)} == {"enough", "half", "tiny", "near it"}
+
+
+@given(candidates, st.integers(1, 6))
+def test_a_limit_that_nobody_is_within_changes_nothing(everyone: list[Measured], count: int) -> None:
+    worse = [replace(each, quality_loss=each.quality_loss + 1) for each in everyone]
+    assert survivors(worse, count, 0.5) == survivors(worse, count)
 
 
 def test_what_is_not_finite_does_not_survive() -> None:
