@@ -166,6 +166,14 @@ def test_the_preset_of_the_search_is_the_small_one_but_for_what_it_searches() ->
     assert search["distill_searched"] == small["distill"]["progressive"]
 
 
+def test_the_search_for_shapes_takes_their_preset_as_it_is() -> None:
+    """The same text up to the search's sections: a teacher that was stored is that of both."""
+    shapes, search = ((ROOT / f"params.{name}.yaml").read_text(encoding="utf-8") for name in ("shapes32", "search32"))
+    assert search.partition("\nseed:")[2].partition("\nprobe:")[0] == shapes.partition("\nseed:")[2]
+    added = {"probe", "weigh", "search", "sensitivity", "distill_searched"}
+    assert set(read_params(ROOT / "params.search32.yaml")) - set(read_params(ROOT / "params.shapes32.yaml")) == added
+
+
 def test_the_watched_versions_are_the_locked_ones() -> None:
     assert graph.NUMERIC_VERSIONS == str(versions.FILE)
     assert versions.read_json(ROOT / versions.FILE) == versions.locked(ROOT / "uv.lock")
