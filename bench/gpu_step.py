@@ -66,7 +66,7 @@ def jobs_of(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, An
         "teacher": str(folder / "model"), "cores": min(16, usable_cores()), "kind": "v_prediction",
         "samplings": [mac.teacher_sampling(folder / "model", options.steps)], "checked_images": mac.CHECKED_IMAGES,
         "inputs": mac.inputs(folder / "inputs.npz", config, options.batch),
-        "tf32": os.environ.get("MLX_ENABLE_TF32", "1") != "0", **mac.TRAINING,
+        "tf32": mac.tf32(), **mac.TRAINING,
     }  # fmt: skip
     jobs = {
         gpu_report.name(part, form, precision): {
@@ -81,11 +81,7 @@ def jobs_of(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, An
         for part in options.parts
         if form != FORMS[3] or (part, precision) == ("training", options.precisions[0])
     }
-    for number, job in enumerate(jobs.values()):
-        # Of its own for each: MLX writes such a file in place, and another process might read half of it.
-        kernels = Path(os.environ.get("MLX_PTX_CACHE_DIR", str(folder))) / f"bench-gpu-{number}"
-        kernels.mkdir(parents=True, exist_ok=True)
-        job["env"]["MLX_PTX_CACHE_DIR"] = str(kernels)
+    mac.own_kernels(jobs, folder, "bench-gpu")
     return jobs
 
 

@@ -3,6 +3,7 @@
     make bench-mac                              # on a Mac; here on the CPU, elsewhere on CUDA: whatever there is
     python bench/mac.py --quick                 # the demo's network only
     python bench/mac.py --full --rounds 9       # and one of 32×32 pixels
+    python bench/mac.py --networks shapes32 --batch 256 --minutes 4 --at-once 4     # on a GPU that is lent for minutes
 
 Per network: a training step (forward, backward, clip, Adam, averaged weights) and whole samplings of the teacher (50
 steps of DDIM) in each form, and every optimised variant in MLX against that teacher. Each form is a process of its own;
@@ -11,7 +12,8 @@ and labels, and are compared only where their losses and their images agree. A f
 the report says why. What a workspace has made (`make demo`) is used; without one, random weights of the same shapes:
 speed does not depend on weights.
 
-Everything is float32. On Metal this has not been run yet: nobody has verified it there.
+Everything is float32, with products rounded to TF32 on both sides where MLX does so (CUDA; MLX_ENABLE_TF32=0 forbids
+it to both), and without dropout. On Metal this has not been run yet: nobody has verified it there.
 """
 
 import argparse
@@ -21,7 +23,8 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +33,7 @@ from typing import Any
 import mac_report
 import numpy as np
 from mac_processes import take_turns
+from mac_report import FORMAT
 
 from ado_tasks import rng
 from ado_tasks.backend import mx, on_cpu
@@ -155,8 +159,33 @@ def inputs(path: Path, config: UNet2DConfig, count: int) -> str:
     return str(path)
 
 
-def bench(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Time one network: training, then sampling and the chain."""
+def own_kernels(jobs: Mapping[str, dict[str, Any]], folder: Path, name: str) -> None:
+    """Give each job a folder of its own for the kernels that MLX compiles on CUDA.
+
+    MLX writes such a file in place, and another process might read half of it. With MLX_PTX_CACHE_DIR set they are
+    kept there for the next run, else in `folder`.
+    """
+    for number, job in enumerate(jobs.values()):
+        kernels = Path(os.environ.get("MLX_PTX_CACHE_DIR", str(folder))) / f"{name}-{number}"
+        kernels.mkdir(parents=True, exist_ok=True)
+        job.setdefault("env", {})["MLX_PTX_CACHE_DIR"] = str(kernels)
+
+
+def shares(minutes: float | None, parts: int) -> Iterator[float | None]:
+    """When each part has to be over (of time.monotonic): an equal share of what is then left, or never."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    for done in range(parts):
+        now = time.monotonic()
+        yield None if end is None else now + max(0.0, end - now) / (parts - done)
+
+
+def tf32() -> bool:
+    """Whether products of float32 may be rounded to TF32, on both sides: as MLX does on CUDA by default."""
+    return os.environ.get("MLX_ENABLE_TF32", "1") != "0"
+
+
+def bench(name: str, options: argparse.Namespace, folder: Path, ends: Iterator[float | None]) -> dict[str, Any]:
+    """Time one network: training, then sampling and the chain, each over at the next of `ends` (see `shares`)."""
     network = NETWORKS[name]
     workspace = options.workspace or Path(network.workspace)
     if options.workspace and not (workspace / "models" / "teacher" / "model_index.json").exists():
@@ -168,24 +197,29 @@ def bench(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any
     common = {
         "teacher": str(chain.teacher), "cores": min(16, usable_cores()), "samplings": chain.samplings,
         "kind": str(stored.scheduler_config.get("prediction_type", "epsilon")), "checked_images": CHECKED_IMAGES,
-        "tf32": os.environ.get("MLX_ENABLE_TF32", "1") != "0", **TRAINING,
+        "tf32": tf32(), **TRAINING,
     }  # fmt: skip
     result: dict[str, Any] = {
         "parameters": parameter_count(stored.unet), "config": stored.unet.config.to_dict(), "weights": chain.weights,
     }  # fmt: skip
     for part, count in counts.items():
         job = {**common, "part": part, "inputs": inputs(folder / f"{name}-{part}.npz", stored.unet.config, count)}
+        jobs = {form: {**job, "form": form} for form in options.forms}
+        if options.at_once > 1:
+            own_kernels(jobs, folder, f"bench-mac-{name}")
         terminal = Terminal(f"{name}, {part}")
         try:
             turns = take_turns(
-                {form: {**job, "form": form} for form in options.forms}, options.rounds,
-                lambda done, total, _, terminal=terminal: terminal.progress(done, total),
+                jobs, options.rounds, lambda done, total, _, terminal=terminal: terminal.progress(done, total),
+                at_once=options.at_once, deadline=next(ends),
             )  # fmt: skip
         finally:
             terminal.close()
         action = "step" if part == "training" else chain.samplings[0]["name"]
         one = "one step" if part == "training" else f"one sampling of {action}"
-        result[part] = {"batch": count, "one": one, "forms": mac_report.compared(turns, action, count)}
+        forms = mac_report.compared(turns, action, count)
+        in_order = {form: forms[form] for form in options.forms if form in forms}
+        result[part] = {"batch": count, "one": one, "forms": in_order}
         result.setdefault("versions", {}).update(
             {k: v for ready in turns.ready.values() for k, v in ready["versions"].items()}
         )
@@ -217,7 +251,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the demo's network only (the default on a CPU)")
     size.add_argument("--full", action="store_true", help="and one of 32×32 pixels (the default elsewhere)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each form")
+    size.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="which")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each form, at most")
+    parser.add_argument("--minutes", type=float, help="after which it is over, whatever is done (default: as it takes)")
+    parser.add_argument("--at-once", type=int, default=1, help="forms that warm up at the same time")
     parser.add_argument("--steps", type=int, default=50, help="of the teacher")
     parser.add_argument("--batch", type=int, default=0, help="images, in place of the preset's")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
@@ -225,26 +262,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("reports/bench-mac.json"))
     parser.add_argument("--picture", type=Path, default=Path("reports/bench-mac.png"))
     options = parser.parse_args(arguments)
-    for name, least in (("rounds", 1), ("steps", 1), ("batch", 0)):
+    for name, least in (("rounds", 1), ("steps", 1), ("batch", 0), ("at_once", 1)):
         if getattr(options, name) < least:
-            parser.error(f"--{name}: {getattr(options, name)} is not allowed; allowed: {least} and more")
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: {getattr(options, name)} is not allowed; allowed: {least} and more")
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes: {options.minutes} is not allowed; allowed: above 0")
     return options
 
 
 def report_of(options: argparse.Namespace) -> dict[str, Any]:
     quick = options.quick or (on_cpu() and not options.full)
+    networks = options.networks or (["digits"] if quick else list(NETWORKS))
+    ends = shares(options.minutes, 2 * len(networks))
     report: dict[str, Any] = {
-        "kind": "bench-mac", "format": 1, "machine": machine(), "precision": "float32",
+        "kind": "bench-mac", "format": FORMAT, "machine": machine(), "precision": "float32",
+        "tf32": not on_cpu() and mx.cuda.is_available() and tf32(),  # whether products are rounded to it, on both sides
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("numpy", "mlx")}},
         "settings": {
-            "networks": ["digits"] if quick else list(NETWORKS), "rounds": options.rounds, "steps": options.steps,
-            "forms": options.forms,
+            "networks": networks, "rounds": options.rounds, "steps": options.steps,
+            "forms": options.forms, "minutes": options.minutes,
         },
         "load_before": os.getloadavg(), "networks": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        for name in report["settings"]["networks"]:
-            report["networks"][name] = bench(name, options, Path(folder))
+        for name in networks:
+            report["networks"][name] = bench(name, options, Path(folder), ends)
             report["versions"].update(report["networks"][name].pop("versions"))
     report["load_after"] = os.getloadavg()
     return report
@@ -270,7 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
         return problem.exit_code
     mac_report.draw(options.picture, report)
     print("\n".join(mac_report.lines(report)))
-    print(f"report: {options.out}   picture: {options.picture}   how to contribute it: docs/hardware.md")
+    print(f"report: {options.out}   picture: {options.picture}")
+    print(f"to contribute it: python bench/mac_table.py --add {options.out}")
     return 1 if failed(report) else 0
 
 

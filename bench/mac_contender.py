@@ -8,6 +8,7 @@ input ends the process.
 
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -130,7 +131,12 @@ def serve(answer: Callable[[dict[str, Any]], None]) -> None:
 def said(problem: Exception) -> str:
     """An exception in one line."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return f"{type(problem).__name__}: {lines[0] if lines else 'without a message'}"[:300]
+    return without_folders(f"{type(problem).__name__}: {lines[0] if lines else 'without a message'}")[:300]
+
+
+def without_folders(text: str) -> str:
+    """Files by their names alone: a report is contributed, and a folder would name its owner."""
+    return re.sub(r"(?<![:/\w])(?:/[^\s/:'\"]+)+/(?=[^\s/:'\"])", "", text)
 
 
 def main() -> int:

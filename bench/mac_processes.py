@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mac_contender import without_folders
+
 SCRIPT = Path(__file__).with_name("mac_contender.py")
 QUICK_S = 0.5  # an action that takes less is repeated in its turn, after one call that is not timed
 REPEATS = 3  # of a quick action
@@ -74,7 +76,8 @@ class Process:
         code = self._process.wait()
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        return f"its process ended with {code}: {lines[-1] if lines else 'without a word'}"[:300]
+        said = f"its process ended with {code}: {lines[-1] if lines else 'without a word'}"
+        return without_folders(said)[:300]
 
     def end(self) -> None:
         """End the process, whatever it does."""

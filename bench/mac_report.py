@@ -1,4 +1,4 @@
-"""What came of `bench/mac.py`: ratios within rounds with their quartiles, the printed table, the picture."""
+"""What came of `bench/mac.py`: ratios within rounds with their quartiles, the printed lines, the picture."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from mac_processes import Turns
 
+FORMAT = 1  # of a report; another one when its keys change
 OURS = "mlx compiled"
+LATE = "it was ready, but no round was over in time"
 AGREEMENT = 0.05  # relative difference (root mean square) up to which two forms compute the same; TF32 leaves 1e-2
 
 
@@ -42,13 +44,16 @@ def compared(turns: Turns, action: str, count: int) -> dict[str, Any]:
     """
     entries: dict[str, Any] = {form: {"skipped": reason} for form, reason in turns.skipped.items()}
     for form, ready in turns.ready.items():
+        if (form, action) not in turns.seconds:
+            entries[form] = {"skipped": LATE}
+            continue
         times = turns.seconds[form, action]
         flat = [value for each in times for value in each]
         entry: dict[str, Any] = {
             "device": ready["device"], "ms": spread([1e3 * value for value in flat]),
             "images_per_s": spread([count / value for value in flat]), "memory": turns.memory[form, action],
         }  # fmt: skip
-        if OURS in turns.ready:
+        if OURS in turns.ready:  # and then it had as many turns
             apart = difference(ready["check"], turns.ready[OURS]["check"])
             entry |= {"difference": _digits(apart) if np.isfinite(apart) else None, "agrees": apart <= AGREEMENT}
             if entry["agrees"]:
@@ -59,9 +64,9 @@ def compared(turns: Turns, action: str, count: int) -> dict[str, Any]:
 
 def chain(turns: Turns, samplings: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
     """Every variant in MLX compiled: how many times quicker it is than the teacher, in each form that sampled it."""
-    if OURS not in turns.ready:
-        return []
     teacher, found = samplings[0]["name"], []
+    if OURS not in turns.ready or (OURS, teacher) not in turns.seconds:
+        return []
     for entry in samplings:
         times = turns.seconds[OURS, entry["name"]]
         flat = [value for each in times for value in each]
@@ -117,6 +122,7 @@ def _times(value: Mapping[str, Any]) -> str:
 def draw(path: Path, report: Mapping[str, Any]) -> None:
     """Training, sampling and the chain of each network: bars with quartiles, what was skipped named."""
     from matplotlib.figure import Figure  # not at the top: a machine that only measures may lack it
+    from matplotlib.ticker import LogLocator, NullLocator
 
     from ado_tasks.pictures import plain_axes, save_figure
 
@@ -135,10 +141,15 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
         _bars(axes, gains, [])
         if gains:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(f"times quicker than {network['chain'][0]['name']}")
         axes.set_title(f"{name}, whole chain in MLX", fontsize=9)
     machine = report["machine"]
-    figure.suptitle(f"{machine['chip']}, {machine['memory_gib']} GiB, MLX on {machine['device']}", fontsize=10)
+    products = ", TF32" if report.get("tf32") else ""
+    title = f"{machine['chip']}, {machine['memory_gib']} GiB, MLX on {machine['device']}, float32{products}"
+    figure.suptitle(title, fontsize=10)
     save_figure(path, figure)
 
 

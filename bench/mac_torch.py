@@ -99,7 +99,10 @@ def labels_of(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def training(
     job: Job, unet: Any, apply: Any, inputs: dict[str, torch.Tensor], device: Device
 ) -> tuple[dict[str, Callable[[], object]], list[float]]:
-    """The same step as MLX's: forward, backward, clip, Adam (fused where there is one), averaged weights."""
+    """The same step as MLX's: forward, backward, clip, Adam (fused where there is one), averaged weights.
+
+    Without dropout on both sides: no two frameworks draw the same masks, and the losses are compared.
+    """
     images, noise, t = laid_out(job, inputs["images"]), laid_out(job, inputs["noise"]), inputs["t"]
     labels, weights = labels_of(inputs), list(unet.parameters())
     average = [weight.detach().clone() for weight in weights]
@@ -107,7 +110,7 @@ def training(
         optimiser = torch.optim.Adam(weights, lr=job["learning_rate"], fused=True)
     except RuntimeError:  # this device has no fused Adam
         optimiser = torch.optim.Adam(weights, lr=job["learning_rate"])
-    unet.train()
+    unet.eval()  # Dropout is the only layer that asks
     precision = job.get("precision", "float32")
 
     def forward() -> torch.Tensor:

@@ -26,6 +26,7 @@ UNET = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8],
     "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
     "layers_per_block": 1, "norm_num_groups": 4, "num_class_embeds": 10, "add_attention": False,
+    "dropout": 0.2,  # which no form may draw: their losses are compared
 }  # fmt: skip
 
 # Stands in for a contender: writes its name to a log whenever it is run, and ends as its job says.
@@ -225,3 +226,42 @@ def test_all_of_it_on_a_tiny_network(workspace):
     assert report["versions"]["mlx"] and report["machine"]["chip"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "mlx compiled" in done.stdout and "progressive-1" in done.stdout
+
+
+def test_a_form_that_was_ready_and_had_no_turn_in_time_is_skipped_with_the_reason():
+    turns = turns_of({"mlx compiled": [[1.0]]}, {"mlx compiled": [1.0], "pytorch eager": [1.0]})
+    assert mac_report.compared(turns, "step", 4)["pytorch eager"] == {"skipped": mac_report.LATE}
+    late = turns_of({}, {"mlx compiled": [1.0]})
+    assert mac_report.compared(late, "step", 4) == {"mlx compiled": {"skipped": mac_report.LATE}}
+    assert mac_report.chain(late, [{"name": "step", "solver": "ddim", "nfe": 50}], 4) == []
+
+
+def test_parts_share_the_minutes_that_are_left(monkeypatch):
+    now = iter([0.0, 0.0, 10.0, 60.0, 150.0])
+    monkeypatch.setattr(mac.time, "monotonic", lambda: next(now))
+    assert list(mac.shares(2.0, 4)) == pytest.approx([30.0, 10 + 110 / 3, 90.0, 150.0])
+    monkeypatch.undo()
+    assert list(mac.shares(None, 2)) == [None, None]
+
+
+def test_forms_that_warm_up_at_once_compile_into_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLX_PTX_CACHE_DIR", raising=False)
+    jobs = {"a": {}, "b": {"env": {"MORE": "1"}}}
+    mac.own_kernels(jobs, tmp_path, "bench")
+    folders = [job["env"]["MLX_PTX_CACHE_DIR"] for job in jobs.values()]
+    assert folders == [str(tmp_path / "bench-0"), str(tmp_path / "bench-1")] and all(
+        map(Path.exists, map(Path, folders))
+    )
+    assert jobs["b"]["env"]["MORE"] == "1"
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "kept"))
+    mac.own_kernels(jobs, tmp_path, "bench")
+    assert jobs["a"]["env"]["MLX_PTX_CACHE_DIR"] == str(tmp_path / "kept" / "bench-0")
+
+
+def test_a_reason_names_no_folder_of_the_owner():
+    text = "ImportError: libx.so, from '/Users/ada/.venv/lib/x.py' (https://pytorch.org/docs/stable)"
+    assert mac_contender.without_folders(text) == (
+        "ImportError: libx.so, from 'x.py' (https://pytorch.org/docs/stable)"
+    )
+    assert mac_contender.without_folders("0.5 images/s, 3/4 of /tmp") == "0.5 images/s, 3/4 of /tmp"
+    assert mac_contender.said(OSError("no /home/ada/lib/a.so")) == "OSError: no a.so"
