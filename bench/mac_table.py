@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 REPORTS, PAGE = ROOT / "bench" / "reports", ROOT / "docs" / "hardware.md"
 BEGIN, END = "<!-- python bench/mac_table.py --write -->", "<!-- end of the table -->"
 PARTS = ("training", "sampling")
+STEPS = 50  # of the teacher: what whole chains are quicker than
 HEAD = (
     "| machine | network | batch | training, images/s | of PyTorch's best | sampling, images/s | of PyTorch's best "
     "| whole chain, over the teacher |",
@@ -34,7 +35,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """A report of `mac.py`, complete and of this format.
 
     Raises:
-        ArtifactError: it is none, another format's, lacks a part, or holds a path of the machine.
+        ArtifactError: it is none, another format's, lacks a part, is of other steps, or holds a path of the machine.
     """
     report = read_json(path, "kind", "format", "machine", "precision", "versions", "settings", "networks")
     if (report["kind"], report["format"]) != ("bench-mac", FORMAT):
@@ -52,6 +53,10 @@ def read_report(path: Path) -> dict[str, Any]:
         missing = [key for key in keys if key not in part]
         if missing:
             raise ArtifactError(f"{path}: {where} has no {', '.join(missing)}; made by another version, or damaged")
+    if report["settings"].get("steps") != STEPS:
+        raise ArtifactError(
+            f"{path}: settings.steps is {report['settings'].get('steps')}; allowed: {STEPS}, as all have"
+        )
     private = PRIVATE.search(path.read_text())
     if private:
         raise ArtifactError(f"{path}: holds a path ({private.group()}…); allowed: none, it would name a user")

@@ -30,7 +30,7 @@ def report_of(chip: str = "Apple M2 Pro", device: str = "Apple M2 Pro") -> dict[
     ]
     part = {"batch": 64, "forms": forms}
     return {
-        "kind": "bench-mac", "format": 1, "precision": "float32", "versions": {}, "settings": {},
+        "kind": "bench-mac", "format": 1, "precision": "float32", "versions": {}, "settings": {"steps": 50},
         "machine": {"chip": chip, "device": device, "memory_gib": 16, "cores": 10, "os": "Darwin"},
         "networks": {"shapes32": {"training": part, "sampling": {**part, "batch": 4}, "chain": chain}},
     }  # fmt: skip
@@ -80,7 +80,9 @@ def test_a_report_is_added_once_under_its_name(tmp_path: Path) -> None:
     assert kept == folder / "mac_apple-m2-pro.json"
     assert mac_table.add(tmp_path / "bench-mac.json", folder) == kept
     with pytest.raises(ArtifactError, match="there already"):
-        mac_table.add(write(tmp_path / "other.json", report_of("Apple M2 Pro") | {"settings": {"rounds": 9}}), folder)
+        mac_table.add(
+            write(tmp_path / "other.json", report_of("Apple M2 Pro") | {"settings": {"steps": 50, "rounds": 9}}), folder
+        )
     write(folder / "mac_apple-m2-pro-on-battery.json", report_of())
     assert len(mac_table.all_reports(folder)) == 2
     write(folder / "mac_apple-m3.json", report_of())
@@ -99,7 +101,8 @@ def damaged(**changes: Any) -> dict[str, Any]:
         (damaged(format=2), "format 2; allowed"),
         (damaged(machine={"chip": "Apple M1"}), "machine has no device, memory_gib, cores, os"),
         (damaged(networks={"digits": {"training": {}}}), "networks.digits has no sampling, chain"),
-        (damaged(settings={"out": "/Users/ada/report.json"}), "holds a path"),
+        (damaged(settings={"steps": 50, "out": "/Users/ada/report.json"}), "holds a path"),
+        (damaged(settings={"steps": 20}), "settings.steps is 20; allowed: 50"),
     ],
 )
 def test_what_is_no_whole_report_is_refused_with_the_reason(tmp_path: Path, report: Any, said: str) -> None:
