@@ -2,7 +2,7 @@
 
 import pytest
 
-from ado_tasks.errors import HardwareError
+from ado_tasks.errors import ArtifactError, HardwareError
 from ado_tasks.fit import probes
 from ado_tasks.fit.roofline import save_roofline
 from ado_tasks.hardware.capability import RECORDED, Capability, apple_chip, apple_chips, read_capability
@@ -36,10 +36,21 @@ def test_there_and_back(tmp_path) -> None:
         found = read_capability(path)
         write_json(tmp_path / path.name, found.as_plain())
         assert read_capability(tmp_path / path.name) == found
-    with pytest.raises(HardwareError, match="device: 'tpu'; allowed: cpu, metal, cuda"):
-        Capability.from_plain({**found.as_plain(), "device": "tpu"})
-    with pytest.raises(HardwareError, match="colour"):
-        Capability.from_plain({**found.as_plain(), "colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"device": "tpu"}, "device: 'tpu' is not allowed: Input should be 'cpu', 'metal' or 'cuda'"),
+        ({"colour": "red"}, "colour: unknown key; allowed here: chip, device, memory_gib"),
+        ({"memory_gib": "much"}, "memory_gib: 'much' is not allowed"),
+        ({"probes": [{"kind": "matmul"}]}, r"probes\.0\.shape: a value is required"),
+    ],
+)
+def test_figures_of_another_kind_are_named(changed: dict, said: str) -> None:
+    plain = {**read_capability(RECORDED / "cpu.json").as_plain(), **changed}
+    with pytest.raises(ArtifactError, match=f"x.json: not what `ado profile --measured` writes: x.json.{said}"):
+        Capability.from_plain(plain, "x.json")
 
 
 def test_a_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
