@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     machine = _machine(options)
     options.params = options.write or options.params
     config = _network(options)
+    _check_size(options.size, config)
     model = _cost_model(options.cost)
     overrides = dict(_override(text) for text in options.set)
     size = (options.size, options.size) if options.size else None
@@ -134,6 +135,12 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ConfigError(f"--memory: {options.memory} without --chip; allowed: the memory of a chip named by --chip")
     if options.chip is not None and options.hardware is not None:
         raise ConfigError(f"--chip {options.chip}, --hardware {options.hardware}: two machines; allowed: one of them")
+
+
+def _check_size(size: int | None, config: UNet2DConfig) -> None:
+    """Raises ConfigError: each level of the network but the last halves the image, and one in between is odd."""
+    if size is not None and size % config.size_multiple:
+        raise ConfigError(f"--size: {size} is not allowed: a multiple of {config.size_multiple} for this network")
 
 
 def _cost_model(path: Path | None) -> CostModel | None:

@@ -177,6 +177,7 @@ def test_another_json_file_is_no_machine_and_no_cost_model(capsys: pytest.Captur
         (["--batch", "-3"], "--batch: -3"),
         (["--size", "0"], "--size: 0"),
         (["--size", "-8"], "--size: -8"),
+        (["--size", "7"], "--size: 7 is not allowed: a multiple of 8 for this network"),
         (["--memory", "0"], "--memory: 0"),
         (["--hardware", "there.json"], "two machines"),
         (["--set", "wired_limit_gib=foo"], "settings.wired_limit_gib: 'foo'"),
