@@ -2,10 +2,11 @@
 
 import pytest
 
-from ado_tasks.errors import ArtifactError, HardwareError
+from ado_tasks.errors import ArtifactError, ConfigError, HardwareError, StorageError
 from ado_tasks.fit import probes
 from ado_tasks.fit.roofline import save_roofline
 from ado_tasks.hardware.capability import RECORDED, Capability, apple_chip, apple_chips, read_capability
+from ado_tasks.hardware.fingerprint import this_machine
 from ado_tasks.profile import HARDWARE, ROOFLINE, ProfileConfig, profile
 from ado_tasks.storage import write_json
 
@@ -83,6 +84,32 @@ def test_a_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -
         result = profile(ProfileConfig(), out=out, measured=measured)
     assert len(asked) == 1 and {path.name for path in (measured / result.id).iterdir()} == {HARDWARE, ROOFLINE}
     assert read_capability(measured / result.id / HARDWARE).chip == "Apple M1"
+
+
+def test_a_place_that_cannot_hold_figures_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    """A file, a folder under a file, figures that are damaged: nothing is measured, nothing is left behind."""
+    monkeypatch.setattr(probes, "measure_capability", lambda report: pytest.fail("measured"))
+    out, file, known = tmp_path / "profile.json", tmp_path / "file", tmp_path / "known"
+    file.write_text("x", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--measured .*file: is a file; allowed: a folder, which may be missing"):
+        profile(ProfileConfig(), out=out, measured=file)
+    (known / this_machine().identity).mkdir(parents=True)
+    (known / this_machine().identity / HARDWARE).write_text('{"device": "cpu"}', encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"hardware\.json\.chip: a value is required"):
+        profile(ProfileConfig(), out=out, measured=known)
+    assert not out.exists()
+    with pytest.raises(StorageError, match="file/machines"):
+        profile(ProfileConfig(), out=out, measured=file / "machines")
+    assert {path.name for path in tmp_path.iterdir()} == {"profile.json", "file", "known"}
+
+
+def test_figures_appear_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(probes, "measure_capability", lambda report: apple_chip("Apple M9"))
+    with pytest.raises(HardwareError):
+        profile(ProfileConfig(), out=tmp_path / "profile.json", measured=tmp_path / "machines")
+    assert list((tmp_path / "machines").iterdir()) == []
 
 
 def test_larger_shapes_are_left_out_where_they_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
