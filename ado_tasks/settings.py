@@ -69,7 +69,7 @@ def write(path: Path, found: Settings, batch: int) -> str:
     }  # fmt: skip
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 4096
-    params = yaml.load(path.read_text())
+    params = yaml.load(path.read_text(encoding="utf-8"))
     said = []
     for name, values in keys.items():
         for key, value in values.items():

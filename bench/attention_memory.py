@@ -150,7 +150,7 @@ def main() -> int:
         "rows": [asdict(row) for row in rows], "largest_difference": differences, "exponents": exponents,
     }  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     picture(arguments.picture, rows)
     worst = max(value for each in differences.values() for value in each.values())
     steepest = max(value for name, value in exponents.items() if name.startswith("in blocks"))
