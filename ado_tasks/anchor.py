@@ -12,7 +12,7 @@ from ado_tasks.backend import mx
 from ado_tasks.config import as_plain, config
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion import grids
-from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.interop.diffusers_folder import check_teacher, read_model
 from ado_tasks.metrics.kernel import kernel_sums, kid_from_sums, real_sums
 from ado_tasks.metrics.noninferiority import kid_difference, margin, non_inferior, samples_needed
 from ado_tasks.models.classifier import load_features
@@ -65,12 +65,13 @@ def anchor(
         report: where progress and figures go.
 
     Raises:
-        ConfigError: the teacher makes other images than the dataset's, or has fewer classes.
+        ConfigError: the teacher makes other images than the dataset's, has fewer classes, or is a student of few steps.
         StatisticsError: the margin is not positive: few steps lose nothing, and there is nothing to preserve.
     """
+    stored = read_model(teacher)
+    check_teacher(stored, str(teacher))
     part = open_dataset(dataset).split("selection")
     extractor = load_features(features)
-    stored = read_model(teacher)
     stored.unet.config.check_data(part.shape, part.num_classes, f"{teacher}/unet/config.json")
     sampler = Sampler(stored, config.batch_size, config.shards)
     start = draw(seed, SELECTION, config.n_generated, part)

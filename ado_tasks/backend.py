@@ -54,6 +54,10 @@ KEEPS_MEMORY = os.environ.get("ADO_KEEP_MEMORY", "1") != "0" and _keep_freed_mem
 # many, each of which takes milliseconds to make anew. Read at MLX's first convolution.
 os.environ.setdefault("MLX_CUDA_CONV_CACHE_SIZE", "1024")
 
+# MLX hands kernels to CUDA in graphs that it builds anew for each hundred of them. Launched one by one, those of U-Nets
+# take less of the host's time: a training step of 7 million parameters 0.73 of it, sampling 0.56 to 0.69 (H200).
+os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
+
 import mlx.core as mx  # noqa: E402  (after the preload, on purpose)
 import mlx.optimizers as optim  # noqa: E402
 import mlx.utils as mlx_utils  # noqa: E402

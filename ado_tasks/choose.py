@@ -14,8 +14,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ado_tasks.config import config, parse, read_params
-from ado_tasks.errors import ArtifactError
-from ado_tasks.optimise.choice import LIMITS, TOLERANCE, Budget, Choice, StepCost, Way, at_every_batch, choose
+from ado_tasks.errors import ArtifactError, ConfigError
+from ado_tasks.optimise.choice import (
+    LIMITS,
+    QUALITIES,
+    TOLERANCE,
+    Budget,
+    Choice,
+    StepCost,
+    Way,
+    at_every_batch,
+    choose,
+)
 from ado_tasks.storage import read_json, write_json
 from ado_tasks.verdict import named_report_errors
 
@@ -35,13 +45,25 @@ class ChooseConfig:
     ms_per_batch: Limit = None  # most, from asking to having a batch
     kid: Limit = None  # most of KID − teacher's upper end
     distance: Limit = None  # most of the squared distance to the fine solution
-    quality: Literal["kid", "distance"] = "kid"  # what is made least where no limit on quality is given
+    quality: Literal["kid", "distance"] | None = None  # what a limit on cost alone makes least; none = kid
     tolerance: Annotated[float, Field(ge=0, lt=1)] = TOLERANCE  # costs that differ by less, relatively, are equal
 
     def budget(self, margin: float) -> Budget:
-        """With no limit at all: KID − teacher within the margin of non-inferiority, as cheaply as can be."""
-        found = Budget(self.ms_per_image, self.ms_per_batch, self.kid, self.distance, self.quality)
-        return found if found.limits() else Budget(kid=margin)
+        """With no limit at all: KID − teacher within the margin of non-inferiority, as cheaply as can be.
+
+        Raises:
+            ConfigError: a quality that is to be made least, and no limit: the best would cost whatever it does.
+        """
+        found = Budget(self.ms_per_image, self.ms_per_batch, self.kid, self.distance, self.quality or QUALITIES[0])
+        if found.limits():
+            return found
+        if self.quality is not None:
+            raise ConfigError(
+                f"{SECTION}.quality: {self.quality!r} is what is made least within a limit on cost, and there is no "
+                "limit; allowed with --ms-per-image or --ms-per-batch; or limit the quality itself, by --kid or "
+                "--distance"
+            )
+        return Budget(kid=margin)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=float, help=f"most {text}, in the place of the section's"
         )
-    parser.add_argument("--quality", choices=("kid", "distance"), help="what is made least where neither is limited")
+    parser.add_argument("--quality", choices=("kid", "distance"), help="what a limit on cost alone makes least")
     options = parser.parse_args(arguments)
     params = options.params or (PARAMS if PARAMS.exists() else None)
     section = {} if params is None else read_params(params).get(SECTION, {})

@@ -53,7 +53,7 @@ def _file_of(name: str) -> Path | None:
 def _imports(name: str, path: Path) -> list[str]:
     """Every module that a file may import, at whatever depth of its code. Relative imports are not used here."""
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(), filename=name)):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=name)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module is not None:

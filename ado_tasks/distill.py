@@ -48,7 +48,9 @@ def distill(
 
     Args:
         config: see DistillConfig, ConsistencyConfig and GuidedConfig.
-        teacher: a Diffusers folder. An `epsilon` network is refused: as α → 0 its x̂ is noise divided by zero.
+        teacher: a Diffusers folder. An `epsilon` network is refused: as α → 0 its x̂ is noise divided by zero; and so
+            is a student of few steps, but for `progressive` without matching that goes on from the student's own steps
+            (`teacher_steps`).
         dataset: folder made by `prepare`; the train part is used.
         out: folder of the family; `out/<steps>/` is a student. It appears whole or not at all.
         scratch: checkpoints, of the step and of finished stages.
@@ -59,8 +61,9 @@ def distill(
         report: where progress and losses go.
 
     Raises:
-        ConfigError: the teacher predicts ε, the dataset has other sizes or more classes than it, `start` is given to
-            another method, or `features` or `anchor` is missing where the chain is to stop itself.
+        ConfigError: the teacher predicts ε or is a student of few steps, the dataset has other sizes or more classes
+            than it, `start` is given to another method, or `features` or `anchor` is missing where the chain is to stop
+            itself.
         ArtifactError: the teacher or the dataset is damaged.
         DivergenceError: a loss is not finite.
     """

@@ -21,7 +21,7 @@ from ado_tasks.config import as_plain, config
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
 from ado_tasks.errors import ArtifactError, ConfigError
-from ado_tasks.interop.diffusers_folder import StoredModel, extended, read_model, write_model
+from ado_tasks.interop.diffusers_folder import StoredModel, check_teacher, extended, read_model, write_model
 from ado_tasks.models.quantised import bits_of, check_floating, floating, quantised
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
@@ -75,13 +75,15 @@ def probe(
         report: where progress and losses go.
 
     Raises:
-        ConfigError: the lane is none of the race's, `before` is not what it goes by, or the space does not fit.
+        ConfigError: the lane is none of the race's, `before` is not what it goes by, the space does not fit, or the
+            teacher is a student of few steps.
         ArtifactError: the teacher, the dataset or a probe is damaged.
         DivergenceError: a loss is not finite.
     """
     lane = _lane(out, config.race)
     stored, data = read_model(teacher), open_dataset(dataset)
     check_floating(stored.unet, str(teacher))
+    check_teacher(stored, str(teacher))
     stored.unet.config.check_data(data.shape, data.num_classes, f"{teacher}/unet/config.json")
     part, held_out = data.split("train"), data.split("selection")
     kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))

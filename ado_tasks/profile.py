@@ -7,9 +7,11 @@ from typing import Annotated
 from pydantic import Field
 
 from ado_tasks.config import config
+from ado_tasks.errors import ConfigError
+from ado_tasks.hardware.capability import read_capability
 from ado_tasks.hardware.fingerprint import check_target
 from ado_tasks.report import SILENT, Reporter
-from ado_tasks.storage import write_json
+from ado_tasks.storage import atomic_folder, write_json
 
 HARDWARE, ROOFLINE = "hardware.json", "roofline.png"
 
@@ -49,12 +51,27 @@ def profile(
 
     Raises:
         HardwareError: `target` names another machine.
+        ConfigError: `measured` is a file.
+        ArtifactError: what is known of this machine in `measured` is damaged.
+        StorageError: nothing can be written there: said before anything is measured.
     """
     machine = check_target(config.target)
+    folder = None if measured is None else measured / machine.identity
+    known = folder is None or _is_measured(folder)
     write_json(out, machine.as_plain())
-    if measured is not None and not (measured / machine.identity / HARDWARE).exists():
-        _measure(measured / machine.identity, report)
+    if folder is not None and not known:
+        _measure(folder, report)
     return ProfileResult(machine.identity, machine.chip)
+
+
+def _is_measured(folder: Path) -> bool:
+    """Whether a machine's figures are there, and whole."""
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise ConfigError(f"--measured {folder.parent}: is a file; allowed: a folder, which may be missing")
+    if not (folder / HARDWARE).exists():
+        return False
+    read_capability(folder / HARDWARE)
+    return True
 
 
 def _measure(folder: Path, report: Reporter) -> None:
@@ -62,7 +79,8 @@ def _measure(folder: Path, report: Reporter) -> None:
     from ado_tasks.fit.probes import measure_capability  # noqa: PLC0415
     from ado_tasks.fit.roofline import save_roofline  # noqa: PLC0415
 
-    capability = measure_capability(report)
-    save_roofline(folder / ROOFLINE, capability)
+    with atomic_folder(folder) as partial:  # opened first: a place that cannot be written is worth no measurement
+        capability = measure_capability(report)
+        save_roofline(partial / ROOFLINE, capability)
+        write_json(partial / HARDWARE, capability.as_plain())
     report.picture("roofline", folder / ROOFLINE)
-    write_json(folder / HARDWARE, capability.as_plain())  # last: it says that the folder is complete

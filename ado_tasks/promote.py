@@ -2,6 +2,7 @@
 
 import argparse
 import getpass
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -97,6 +98,14 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def whoever_asks() -> str:
+    """Who is logged in; the number of the user where it has no name, as in a container run with a uid of the host's."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # OSError since Python 3.13
+        return f"uid {os.getuid()}"
+
+
 def _name(version: str | None) -> str:
     return "no champion" if version is None else f"champion {version}"
 
@@ -114,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     verdict = checked_verdict(verdict, str(options.workspace / "reports" / VERDICT))
     record = promote(
         options.version, verdict, key=options.key or f"manual-{options.version}",
-        approver=options.approver or getpass.getuser(), mlflow_uri=known.mlflow_uri, store_url=known.store,
+        approver=options.approver or whoever_asks(), mlflow_uri=known.mlflow_uri, store_url=known.store,
         model=known.registered_model,
     )  # fmt: skip
     print(summary(known.registered_model, record))

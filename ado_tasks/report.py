@@ -107,7 +107,7 @@ class JsonlRecorder:
         self._append({"kind": "picture", "name": name, "path": str(path)})
 
     def _append(self, entry: dict[str, object]) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time_ms": int(time.time() * 1e3), **entry}) + "\n")
 
 

@@ -1,7 +1,6 @@
 """`ado rollback`: the former champion is back, and the record says why."""
 
 import argparse
-import getpass
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import Any
 
 from ado_tasks.endpoints import endpoints
 from ado_tasks.errors import PromotionError
-from ado_tasks.promote import now, summary
+from ado_tasks.promote import now, summary, whoever_asks
 from ado_tasks.registry.aliases import reconcile
 from ado_tasks.registry.client import connect, named_registry_errors
 from ado_tasks.registry.record import Event, Record, Withdrawn, update_record
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     known = endpoints()
     record = rollback(
-        options.reason, key=options.key or f"manual-{uuid.uuid4().hex}", by=options.by or getpass.getuser(),
+        options.reason, key=options.key or f"manual-{uuid.uuid4().hex}", by=options.by or whoever_asks(),
         mlflow_uri=known.mlflow_uri, store_url=known.store, model=known.registered_model,
     )  # fmt: skip
     print(summary(known.registered_model, record))

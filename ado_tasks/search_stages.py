@@ -4,6 +4,7 @@ They are made here, not written in `dvc.yaml`: their number is that of the race'
 them. Each lane is a stage of its own, so that DVC keeps it and a rung runs on as many workers as there are.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from ado_tasks.config import parse
 from ado_tasks.errors import ConfigError
 
 SEARCHED = "models/searched"  # the family of students of the chosen architecture
-NAMES = ("probe", "weigh", "search", "sensitivity", "distill_searched")  # how the stages' names begin
+NAMES = re.compile(r"probe(_guided|_\d+)?|weigh|search|sensitivity|distill_searched", re.ASCII)  # of its stages
 
 
 def search_stages(probe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -65,8 +66,11 @@ def search_stages(probe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def set_search(graph: Any, probe: Mapping[str, Any] | None) -> None:
-    """Let the graph have exactly the search of this section; with none, no search. What compares students follows."""
-    for name in [name for name in graph["stages"] if name.startswith(NAMES)]:
+    """Let the graph have exactly the search of this section; with none, no search. What compares students follows.
+
+    Whatever a former race had is taken out first; a stage of another name is not the search's, and stays.
+    """
+    for name in [name for name in graph["stages"] if NAMES.fullmatch(name)]:
         del graph["stages"][name]
     stages = search_stages(probe) if probe is not None else {}
     for stage in graph["stages"].values():

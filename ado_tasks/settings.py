@@ -33,13 +33,14 @@ def main(arguments: Sequence[str]) -> int:
     machine = _machine(options)
     options.params = options.write or options.params
     config = _network(options)
+    _check_size(options.size, config)
+    model = _cost_model(options.cost)
     overrides = dict(_override(text) for text in options.set)
     size = (options.size, options.size) if options.size else None
     batch = options.batch or (wanted_batch(options.write) if options.write else WANTED_BATCH)
     found = choose_settings(machine, config, wanted_batch=batch, size=size, overrides=overrides)
     plain, text = asdict(found), table(machine, found)
-    if options.cost:
-        model = CostModel.from_plain(read_json(options.cost, "model")["model"], str(options.cost))
+    if model is not None:
         of_pass = predict(model, unet_work(config, found.batch, size), machine)
         plain["pass"] = asdict(of_pass)
         text += f"\n  {'pass_ms':<19} {of_pass.milliseconds:<9.1f} predicted for {found.batch} images; {of_pass.error}"
@@ -68,7 +69,7 @@ def write(path: Path, found: Settings, batch: int) -> str:
     }  # fmt: skip
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 4096
-    params = yaml.load(path.read_text())
+    params = yaml.load(path.read_text(encoding="utf-8"))
     said = []
     for name, values in keys.items():
         for key, value in values.items():
@@ -134,6 +135,16 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ConfigError(f"--memory: {options.memory} without --chip; allowed: the memory of a chip named by --chip")
     if options.chip is not None and options.hardware is not None:
         raise ConfigError(f"--chip {options.chip}, --hardware {options.hardware}: two machines; allowed: one of them")
+
+
+def _check_size(size: int | None, config: UNet2DConfig) -> None:
+    """Raises ConfigError: each level of the network but the last halves the image, and one in between is odd."""
+    if size is not None and size % config.size_multiple:
+        raise ConfigError(f"--size: {size} is not allowed: a multiple of {config.size_multiple} for this network")
+
+
+def _cost_model(path: Path | None) -> CostModel | None:
+    return None if path is None else CostModel.from_plain(read_json(path, "model")["model"], f"{path}: model")
 
 
 def _machine(options: argparse.Namespace) -> Capability:

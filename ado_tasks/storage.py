@@ -135,7 +135,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_file(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -150,7 +150,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, *keys: str) -> Any:
     """Read a JSON file. Raises ArtifactError where it is missing, not JSON, or lacks one of `keys` at its top."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise ArtifactError(f"{path}: cannot be read ({problem.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:

@@ -147,6 +147,6 @@ def dvc_hashes(
 
 def _lock_entries(lock: Path) -> list[dict[str, Any]]:
     try:
-        return list((yaml.safe_load(lock.read_text()) or {}).get("stages", {}).values())
+        return list((yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}).values())
     except (OSError, yaml.YAMLError):
         return []

@@ -86,7 +86,7 @@ def start_uploader() -> None:
     if os.environ.get("ADO_SYNC") == "manual":
         return
     HOME.mkdir(exist_ok=True)
-    with (HOME / "sync.log").open("a") as log:
+    with (HOME / "sync.log").open("a", encoding="utf-8") as log:
         subprocess.Popen(
             ["nice", "-n", "19", sys.executable, "-m", "ado_tasks", "sync", "--background"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -97,7 +97,7 @@ def start_uploader() -> None:
 def uploader_lock(wait: bool) -> Iterator[bool]:
     """Hold the uploader's lock; yields False at once where another holds it and `wait` is False."""
     HOME.mkdir(exist_ok=True)
-    with LOCK.open("w") as file:
+    with LOCK.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -143,7 +143,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     events = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             event = json.loads(line)
         except json.JSONDecodeError:

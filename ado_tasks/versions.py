@@ -19,7 +19,7 @@ FILE = Path("numeric-versions.json")
 
 def locked(lock: Path = Path("uv.lock")) -> dict[str, str]:
     """The locked version of each package that computes. Raises ConfigError where the lock has none, or two, of one."""
-    packages = tomllib.loads(lock.read_text())["package"]
+    packages = tomllib.loads(lock.read_text(encoding="utf-8"))["package"]
     found: dict[str, str] = {}
     for name in NUMERIC:
         versions = [package["version"] for package in packages if package["name"] == name]

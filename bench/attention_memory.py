@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": [asdict(row) for row in rows], "largest_difference": differences, "exponents": exponents,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     picture(options.picture, rows)
     return 0 if within_bars(differences, exponents) else 1
 

@@ -86,7 +86,7 @@ def main() -> int:
         "relative_error": {"median": float(np.median(errors)), "worst": float(errors.max())}, "unseen": entries,
     }  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     said = f"ρ = {rho.value:.3f} [{rho.low:.3f}, {rho.high:.3f}], n = {len(unseen)}"
     picture(arguments.picture, predicted, measured, f"{capability.chip}, {arguments.precision}\n{said}")
     print(

@@ -1,6 +1,7 @@
 """How often the gate errs: simulated trials with fresh draws from mixtures fitted to stored features.
 
     python bench/gate_power.py [--trials 2000] [--json OUT] [--picture docs/images/gate_power.png]
+    python bench/gate_power.py --recorded OUT --picture PNG      (draws what --json wrote; asks nothing anew)
     python bench/gate_power.py --store WORKSPACE      (renews bench/gate_features.npz from the outputs of a `make demo`)
 
 The features are whitened ones of the digits demo: of real images, of a champion's samples (progressive-4), of a worse
@@ -33,6 +34,7 @@ from ado_tasks.metrics.interval import Interval, proportion_interval
 from ado_tasks.metrics.noninferiority import kid_difference
 from ado_tasks.metrics.simulation import Mixture, Pair, true_kid
 from ado_tasks.pictures import plain_axes, save_figure
+from ado_tasks.storage import read_json
 
 STORED = Path(__file__).with_name("gate_features.npz")
 COMPONENTS = 5  # of a mixture: 48 dimensions and 1,797 images carry no more full covariances
@@ -183,10 +185,16 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--picture", type=Path, help="where to write the curve")
+    parser.add_argument("--recorded", type=Path, help="figures that --json wrote: draw them, and stop")
     parser.add_argument("--store", type=Path, help="renew the stored features from this folder, and stop")
     options = parser.parse_args()
     if options.store:
         store(options.store)
+        return 0
+    if options.recorded:
+        if options.picture is None:
+            parser.error("--recorded: --picture says where to draw")
+        save_picture(options.picture, read_json(options.recorded, "lines")["lines"])
         return 0
     world, lines, good = World.stored(), [], True
     sizes = f"{world.n} samples a model, {world.m} real images, at most {options.trials} trials a line"
@@ -209,7 +217,7 @@ def main() -> int:
     print(f"each promotion {DRIFT} margins worse, at most {GENERATIONS}: margins lost until refused: {lost}")
     print(f"{time.perf_counter() - start:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps({"lines": lines, "drift": lost}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"lines": lines, "drift": lost}, indent=1) + "\n", encoding="utf-8")
     if options.picture:
         save_picture(options.picture, lines)
     return 0 if good else 1

@@ -128,7 +128,9 @@ def random_chain(name: str, folder: Path, steps: int) -> Chain:
 def teacher_sampling(folder: Path, steps: int) -> dict[str, Any]:
     """Plain DDIM, also as PyTorch needs it: (α, σ, timestep) at each time, worked out in float64."""
     times = uniform_time(steps)
-    schedule = schedule_from_diffusers(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+    schedule = schedule_from_diffusers(
+        json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    )
     columns = [np.asarray(column) for column in (*schedule.alpha_sigma(times), schedule.timestep(times))]
     return {
         "name": f"teacher-{steps}", "model": str(folder), "solver": "ddim", "times": times.tolist(), "told": None,

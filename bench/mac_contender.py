@@ -59,7 +59,7 @@ def build(job: Job) -> Callable[[], Contender]:
 def resident_mib(kind: str) -> float:
     """Memory of this process: "VmRSS", now; "VmHWM", at most since the last `forget_peak` (macOS: ever)."""
     if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith(kind + ":"):
                 return int(line.split()[1]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, KiB on Linux
@@ -69,7 +69,7 @@ def resident_mib(kind: str) -> float:
 def forget_peak() -> bool:
     """Whether the peak of this process could be set back to what it holds now (Linux only)."""
     try:
-        _CLEAR.write_text("5")
+        _CLEAR.write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True
@@ -141,7 +141,7 @@ def without_folders(text: str) -> str:
 
 def main() -> int:
     # What libraries print goes to standard error: the answers have a channel of their own.
-    channel = os.fdopen(os.dup(1), "w")
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
     def answer(value: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ class Process:
     def __init__(self, job: Mapping[str, Any], wait_s: float = ANSWER_S) -> None:
         """Start it and wait until it can run. Raises Gone with the reason where it cannot."""
         self.wait_s = wait_s
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             env={**os.environ, **job.get("env", {}), "PYTHONPATH": _path()},

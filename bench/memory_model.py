@@ -99,7 +99,7 @@ def main() -> int:
     print("measured over predicted:", json.dumps(errors))
     report = {"hardware": this_machine().as_plain(), "rows": rows, "errors": errors}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 1 if any(each["most"] > EXCESS or each["median"] > MEDIAN for each in errors.values()) else 0
 
 

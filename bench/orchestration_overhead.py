@@ -147,7 +147,7 @@ def main() -> int:
             "stages": [asdict(stage) | {"overhead_s": stage.overhead_s} for stage in stages],
         }
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

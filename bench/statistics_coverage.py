@@ -171,7 +171,7 @@ def main() -> int:
         lines.append(figures)
         good &= show(figures, time.perf_counter() - start) or not scenario.bar
     if options.json:
-        options.json.write_text(json.dumps(lines, indent=1) + "\n")
+        options.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
     return 0 if good else 1
 
 

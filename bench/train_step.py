@@ -46,7 +46,7 @@ def demo_model() -> tuple[int, dict[str, Any]]:
     """Batch and network of the demo, as params.yaml has them: 8×8 grey digits in ten classes."""
     import yaml
 
-    train = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())["train"]
+    train = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text(encoding="utf-8"))["train"]
     digits = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "num_class_embeds": 10}
     return train["batch_size"], {**digits, **train["model"]}
 
@@ -163,7 +163,7 @@ def main() -> int:
     report["load_after"] = os.getloadavg()
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     slow = [name for name, each in report["models"].items() if each["mlx"]["speed_over_pytorch"] < arguments.bar]
     if slow:
         print(f"slower than {arguments.bar} × PyTorch: {', '.join(slow)}", file=sys.stderr)

@@ -96,6 +96,19 @@ def test_params_that_are_named_have_to_be_there(place: Path, capsys: pytest.Capt
     assert "nix.yaml: cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("quality", ["kid", "distance"])
+def test_what_is_to_be_made_least_needs_a_limit_on_cost(
+    place: Path, capsys: pytest.CaptureFixture[str], quality: str
+) -> None:
+    """Alone it would be answered by the slowest way there is; what is not said stands in no one's way."""
+    assert main(["choose", "--quality", quality, "--out", "reports/choice.json"]) == ConfigError.exit_code
+    said = capsys.readouterr().err
+    assert f"choose.quality: '{quality}' is what is made least" in said and "allowed with --ms-per-image" in said
+    assert not (place / "reports/choice.json").exists()
+    (place / "params.yaml").write_text("choose: {tolerance: 0.01}\n", encoding="utf-8")
+    assert main(["choose"]) == 0
+
+
 @pytest.mark.parametrize("damage", ["no steps", "no time", "no name"])
 def test_reports_that_cannot_be_chosen_by_are_named(
     place: Path, capsys: pytest.CaptureFixture[str], damage: str

@@ -10,7 +10,7 @@ from ado_tasks import closure, graph, versions
 from ado_tasks.__main__ import TASKS
 from ado_tasks.config import read_params
 from ado_tasks.errors import ConfigError
-from ado_tasks.search_stages import search_stages
+from ado_tasks.search_stages import search_stages, set_search
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,6 +118,17 @@ def test_a_search_is_in_the_graph_where_params_have_one(tmp_path: Path, monkeypa
     for name in ("measure", "evaluate"):
         assert "--students models/progressive models/searched --schedules" in stages[name]["cmd"]
         assert "models/searched" in stages[name]["deps"]
+
+
+def test_a_stage_that_only_begins_like_one_of_the_search_stays() -> None:
+    """And every name that a race of any size gives is the search's own: a smaller race leaves none behind."""
+    own, others = search_stages({"race": {"sizes": [4, 3, 2, 1], "steps": [1, 1, 1, 1], "unguided": 3}}), [
+        "probes_report", "probe_mine", "probe_1_again", "searching", "search_log", "weigh_in", "sensitivity_map",
+    ]  # fmt: skip
+    stage = {"cmd": "python -m ado_tasks profile --out reports/mine.json", "deps": []}
+    stages = {"stages": {name: stage for name in (*others, *own)}}
+    set_search(stages, None)
+    assert list(stages["stages"]) == others
 
 
 @pytest.mark.parametrize(

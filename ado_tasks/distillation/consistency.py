@@ -15,7 +15,7 @@ from ado_tasks.config import as_plain
 from ado_tasks.datasets.shards import Dataset, open_dataset
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
 from ado_tasks.errors import ConfigError
-from ado_tasks.interop.diffusers_folder import StoredModel, extended, read_model, write_model
+from ado_tasks.interop.diffusers_folder import StoredModel, check_teacher, extended, read_model, write_model
 from ado_tasks.metrics.kernel import kernel_sums, kid_from_sums, real_sums
 from ado_tasks.metrics.random_features import NAME, random_features, standardisation, standardise
 from ado_tasks.models.quantised import check_floating
@@ -83,13 +83,16 @@ def tune(
         report: where progress and losses go.
 
     Raises:
-        ConfigError: the model does not predict v, or the dataset has other sizes or more classes than it.
+        ConfigError: the model does not predict v, the dataset has other sizes or more classes than it, or the teacher
+            is a student of few steps and no `start`.
         ArtifactError: a model or the dataset is damaged.
         DivergenceError: a loss or a sample is not finite.
     """
     source = teacher if start is None else start
     stored, data = read_model(source), open_dataset(dataset)
     check_floating(stored.unet, str(source))
+    if start is None:
+        check_teacher(stored, str(teacher))
     kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))
     if kind != "v_prediction":
         raise ConfigError(

@@ -16,7 +16,7 @@ from ado_tasks.config import as_plain
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
 from ado_tasks.errors import ConfigError
-from ado_tasks.interop.diffusers_folder import StoredModel, read_model, write_model
+from ado_tasks.interop.diffusers_folder import StoredModel, check_teacher, read_model, write_model
 from ado_tasks.models.embeddings import WeightEmbedding
 from ado_tasks.models.quantised import check_floating
 from ado_tasks.models.unet import UNet2D
@@ -48,12 +48,14 @@ def fold(
         report: where progress and losses go.
 
     Raises:
-        ConfigError: the teacher predicts ε or knows no null class, or the dataset has other sizes or more classes.
+        ConfigError: the teacher predicts ε, knows no null class or is a student of few steps, or the dataset has other
+            sizes or more classes.
         ArtifactError: the teacher or the dataset is damaged.
         DivergenceError: a loss is not finite.
     """
     stored, data = read_model(teacher), open_dataset(dataset)
     check_floating(stored.unet, str(teacher))
+    check_teacher(stored, str(teacher))
     kind = str(stored.scheduler_config.get("prediction_type", "epsilon"))
     if kind == "epsilon":
         raise ConfigError(f"{teacher}: predicts epsilon, whose x̂ has no bound as α → 0; allowed: v_prediction, sample")

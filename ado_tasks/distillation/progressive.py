@@ -1,5 +1,6 @@
 """Progressive distillation from a teacher's folder to its students': a chain, each taught by the one before."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from ado_tasks.datasets.shards import Dataset, open_dataset
 from ado_tasks.diffusion.schedules import schedule_from_diffusers
 from ado_tasks.distillation.stopping import Stopping
 from ado_tasks.errors import ConfigError
-from ado_tasks.interop.diffusers_folder import StoredModel, read_model, write_model
+from ado_tasks.interop.diffusers_folder import StoredModel, check_teacher, read_model, steps_of_student, write_model
 from ado_tasks.models.quantised import bits_of, floating, quantised
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.cost import distillation_passes
@@ -40,6 +41,8 @@ def teach(
         raise ConfigError(
             f"{teacher}: predicts epsilon, which cannot be distilled to few steps; allowed: v_prediction, sample"
         )
+    if not _goes_on(config, stored.record):
+        check_teacher(stored, str(teacher))
     bits = bits_of(stored.unet)  # students are taught in floats, and have as few bits as their teacher in the end
     stored = replace(stored, unet=floating(stored.unet))
     stored.unet.config.check_data(data.shape, data.num_classes, f"{teacher}/unet/config.json")
@@ -80,6 +83,15 @@ def teach(
         Checkpoints.under(scratch, key + f"-{after}").clear()
         Checkpoints.under(scratch, key + f"-{after}-matched").clear()
     return {steps: curves[f"{steps} steps"][-1][1] for steps in weights}
+
+
+def _goes_on(config: DistillConfig, record: Mapping[str, Any]) -> bool:
+    """Whether a student is asked only what it knows: its own steps, which fewer of the next replace.
+
+    Matching asks it at every noise level; a consistency model does not take DDIM's steps.
+    """
+    own = record.get("sampler", {}).get("solver") == "ddim" and steps_of_student(record) == config.teacher_steps
+    return own and config.teacher_solver == "ddim" and config.matching is None
 
 
 def _stopping(

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from ado_tasks.errors import HardwareError
+from ado_tasks.config import config
+from ado_tasks.errors import ArtifactError, HardwareError
 from ado_tasks.fit.work import KINDS, Kind, Op
-from ado_tasks.hardware.capability import Capability, Precision
+from ado_tasks.hardware.capability import Capability, Precision, stored
 
 BYTES: dict[Precision, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 PULL = 0.05  # weight of the pull to the common factor, in relative errors: it decides where measurements do not
 LEAST_MEASURED = 8  # networks, for as many numbers
 
 
-@dataclass(frozen=True)
+@config
 class CostModel:
     """Fitted on one machine for one precision."""
 
@@ -45,13 +46,10 @@ class CostModel:
 
     @staticmethod
     def from_plain(plain: dict[str, Any], where: str) -> "CostModel":
-        """Back from JSON. Raises HardwareError where keys are missing or unknown."""
-        try:
-            found = CostModel(**plain)
-        except TypeError as problem:
-            raise HardwareError(f"{where}: {problem}") from None
+        """Back from JSON. Raises ArtifactError where keys are missing, unknown or of another kind."""
+        found = stored(CostModel, plain, where, "`bench/cost_model.py`")
         if set(found.factors) != set(KINDS):
-            raise HardwareError(f"{where}.factors: {', '.join(found.factors)}; allowed: {', '.join(KINDS)}")
+            raise ArtifactError(f"{where}.factors: {', '.join(found.factors)}; allowed: {', '.join(KINDS)}")
         return found
 
 

@@ -1,11 +1,13 @@
 """What a machine can do, as `ado profile --measured` finds it and as a maker publishes it."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from ado_tasks.errors import HardwareError
+from ado_tasks.config import config, parse
+from ado_tasks.errors import ArtifactError, ConfigError, HardwareError
 from ado_tasks.storage import read_json
 
 Device = Literal["cpu", "metal", "cuda"]
@@ -14,9 +16,10 @@ DEVICES: tuple[Device, ...] = ("cpu", "metal", "cuda")
 CHIPS = Path(__file__).parent / "apple_chips.json"
 RECORDED = Path(__file__).parent / "recorded"
 GIB = 2**30
+C = TypeVar("C")
 
 
-@dataclass(frozen=True)
+@config
 class Probe:
     """One operation, timed."""
 
@@ -28,7 +31,7 @@ class Probe:
     gb_s: float  # bytes read and written once, a second
 
 
-@dataclass(frozen=True)
+@config
 class Capability:
     """The figures that settings and predictions are made from."""
 
@@ -50,20 +53,25 @@ class Capability:
         return asdict(self)
 
     @staticmethod
-    def from_plain(plain: dict[str, Any], where: str = "hardware.json") -> "Capability":
-        """Back from JSON. Raises HardwareError that names a missing or unknown key, or a device that is none."""
-        try:
-            probes = tuple(Probe(**{**each, "shape": tuple(each["shape"])}) for each in plain.get("probes", ()))
-            found = Capability(**{**plain, "probes": probes})
-        except (TypeError, KeyError) as problem:
-            raise HardwareError(f"{where}: {problem}") from None
-        if found.device not in DEVICES:
-            raise HardwareError(f"{where}.device: {found.device!r}; allowed: {', '.join(DEVICES)}")
-        return found
+    def from_plain(plain: Mapping[str, Any], where: str = "hardware.json") -> "Capability":
+        """Back from JSON. Raises ArtifactError that names each key that is missing, unknown or of another kind."""
+        return stored(Capability, plain, where, "`ado profile --measured`")
+
+
+def stored(cls: type[C], plain: Mapping[str, Any], where: str, maker: str) -> C:
+    """What `maker` wrote of a class made with `@config`, from JSON. Raises ArtifactError where it wrote something else.
+
+    Figures that are read are figures, not settings: whose file is another one is not told to edit its keys.
+    """
+    try:
+        return parse(cls, plain, where)
+    except ConfigError as problem:
+        lines = "; ".join(str(problem).splitlines())
+        raise ArtifactError(f"{where}: not what {maker} writes: {lines}") from None
 
 
 def read_capability(path: Path) -> Capability:
-    """Of a hardware.json. Raises ArtifactError or HardwareError where it is none."""
+    """Of a hardware.json. Raises ArtifactError where it is none."""
     return Capability.from_plain(read_json(path, "device"), str(path))
 
 

@@ -81,7 +81,7 @@ def usable_cores() -> int:
 def _chip() -> str:
     if platform.system() == "Darwin":
         return _first_line(["sysctl", "-n", "machdep.cpu.brand_string"]) or platform.machine()
-    for line in CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []:
+    for line in CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.exists() else []:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -91,7 +91,7 @@ def _memory_gib() -> int:
     if platform.system() == "Darwin":
         total = mx.device_info().get("memory_size", 0)
         return round(int(total) / 2**30)
-    for line in MEMORY_INFO.read_text().splitlines() if MEMORY_INFO.exists() else []:
+    for line in MEMORY_INFO.read_text(encoding="utf-8").splitlines() if MEMORY_INFO.exists() else []:
         if line.startswith("MemTotal"):
             return round(int(line.split()[1]) / 2**20)
     return 0

@@ -132,6 +132,30 @@ def extended(record: Mapping[str, Any], event: Mapping[str, Any]) -> dict[str, A
     return {**record, "history": [*record.get("history", []), dict(event)]}
 
 
+def steps_of_student(record: Mapping[str, Any]) -> int | None:
+    """The steps that a model was distilled to; None where it answers at every noise level.
+
+    One that has its guidance folded in (`guided`) was taught all of them, and has no such number.
+    """
+    distilled = [done for done in record.get("history", []) if done.get("task") == "distill" and "steps" in done]
+    return distilled[-1]["steps"] if distilled else None
+
+
+def check_teacher(stored: StoredModel, where: str) -> None:
+    """Raises ConfigError: a student of few steps is right at the noise levels of these only, and no teacher of others.
+
+    Args:
+        stored: the model that is to be taught from, or held others against.
+        where: its folder, for the message.
+    """
+    steps = steps_of_student(stored.record)
+    if steps is not None:
+        raise ConfigError(
+            f"{where}: a student of {steps} step{'s' if steps > 1 else ''}, which knows no noise levels between them; "
+            "allowed: a model that was not distilled to few steps, such as its teacher"
+        )
+
+
 def _sums(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}

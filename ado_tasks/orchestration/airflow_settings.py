@@ -104,13 +104,13 @@ def own_secret(file: Path, environ: Mapping[str, str] = os.environ) -> str:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(secrets.token_urlsafe(SECRET_CHARACTERS) + "\n")
     except FileExistsError:
         pass
     except OSError as problem:
         raise StorageError(f"{file}: {problem.strerror}") from None
-    return _checked(file.read_text().strip())
+    return _checked(file.read_text(encoding="utf-8").strip())
 
 
 def _checked(secret: str) -> str:

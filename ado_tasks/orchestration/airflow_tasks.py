@@ -57,7 +57,7 @@ def began_on(root: Path) -> datetime:
     Elsewhere, on a worker or in a test, the date decides nothing.
     """
     try:
-        return datetime.fromisoformat((root / ".ado" / "airflow" / "since").read_text().strip())
+        return datetime.fromisoformat((root / ".ado" / "airflow" / "since").read_text(encoding="utf-8").strip())
     except (OSError, ValueError):
         return datetime(2026, 1, 1, tzinfo=UTC)
 

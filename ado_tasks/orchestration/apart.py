@@ -83,7 +83,7 @@ def _ended_with_us(process: "subprocess.Popen[str]") -> Iterator[None]:
 
 def _result(answer: Path, function: str, status: int) -> Any:
     try:
-        told = json.loads(answer.read_text())
+        told = json.loads(answer.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         raise ApartError(f"{function} {how}; what it printed is above") from None
@@ -123,10 +123,12 @@ def main() -> int:
     module, _, name = request["function"].partition(":")
     try:
         result = getattr(importlib.import_module(module), name)(*request["arguments"], **request["named"])
-        answer.write_text(json.dumps({"result": result}))
+        answer.write_text(json.dumps({"result": result}), encoding="utf-8")
     except AdoError as problem:
         kind = type(problem)
-        answer.write_text(json.dumps({"error": f"{kind.__module__}:{kind.__name__}", "message": str(problem)}))
+        answer.write_text(
+            json.dumps({"error": f"{kind.__module__}:{kind.__name__}", "message": str(problem)}), encoding="utf-8"
+        )
         return problem.exit_code
     return 0
 

@@ -94,7 +94,7 @@ class _Process:
     ) -> None:
         locks = tree / _LOCKS
         locks.parent.mkdir(parents=True, exist_ok=True)
-        locks.write_text(json.dumps(upstream))
+        locks.write_text(json.dumps(upstream), encoding="utf-8")
         ours, theirs = os.pipe()
         # -P: neither the script's folder nor the workspace is on the module path of DVC's own process.
         command = [sys.executable, "-P", str(_SCRIPT), name, "--talk", str(theirs)]
@@ -108,7 +108,7 @@ class _Process:
         output = self._popen.stdout
         assert output is not None
         self._threads = [
-            threading.Thread(target=self._listen, args=(os.fdopen(ours),), daemon=True),
+            threading.Thread(target=self._listen, args=(os.fdopen(ours, encoding="utf-8"),), daemon=True),
             threading.Thread(target=_pass_on, args=(output, say), daemon=True),
         ]
         for thread in self._threads:

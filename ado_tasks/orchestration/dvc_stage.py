@@ -46,7 +46,7 @@ def main() -> int:
     threading.Thread(target=parent.listen, daemon=True).start()
     try:
         parse_each_text_once()
-        upstream = json.loads(options.locks.read_text())
+        upstream = json.loads(options.locks.read_text(encoding="utf-8"))
         parent.tell("done", Work(options.stage, upstream, parent).result(force=options.force))
     except Exception as problem:
         traceback.print_exc()
@@ -79,7 +79,7 @@ class Parent:
 
     def __init__(self, talk: int) -> None:
         """Speak on the file descriptor `talk`, listen on standard input."""
-        self._pipe = os.fdopen(talk, "w", buffering=1)
+        self._pipe = os.fdopen(talk, "w", buffering=1, encoding="utf-8")
         os.set_inheritable(talk, False)
         self._agreed = threading.Event()
 

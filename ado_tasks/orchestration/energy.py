@@ -28,6 +28,6 @@ class Meter:
         """Microjoules and the largest value of each counter."""
         try:
             names = ("energy_uj", "max_energy_range_uj")
-            return [tuple(int((path / name).read_text()) for name in names) for path in self._packages]  # pyright: ignore[reportReturnType]
+            return [tuple(int((path / name).read_text(encoding="utf-8")) for name in names) for path in self._packages]  # pyright: ignore[reportReturnType]
         except (OSError, ValueError):
             return []

@@ -126,7 +126,7 @@ def _prepare_database(home: Path, settings: Mapping[str, str], group: Group) -> 
         raise LaunchError(f"Airflow's database could not be made:\n{group.tail('database')}")
     since = home / "since"
     if not since.exists():
-        since.write_text(f"{datetime.now(UTC).isoformat(timespec='seconds')}\n")
+        since.write_text(f"{datetime.now(UTC).isoformat(timespec='seconds')}\n", encoding="utf-8")
     stamp.touch()
     _say("database", "made", began)
 

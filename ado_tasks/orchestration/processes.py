@@ -63,7 +63,7 @@ class Group:
     def tail(self, name: str) -> str:
         """The last lines that a process wrote."""
         try:
-            lines = self.log(name).read_text(errors="replace").splitlines()
+            lines = self.log(name).read_text(errors="replace", encoding="utf-8").splitlines()
         except OSError as problem:
             return f"({problem.strerror})"
         return "\n".join(lines[-_TAIL_LINES:])

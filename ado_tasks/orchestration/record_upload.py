@@ -34,7 +34,7 @@ def main() -> int:
     sync.upload_all()
     logged = {}
     for folder in folders:
-        run_id = json.loads((folder / "uploaded.json").read_text())["run_id"]
+        run_id = json.loads((folder / "uploaded.json").read_text(encoding="utf-8"))["run_id"]
         logged[folder.name] = {"run_id": run_id, "experiment_id": client.get_run(run_id).info.experiment_id}
     print(json.dumps(logged), flush=True)
     return 0
@@ -69,7 +69,7 @@ def _alone(uri: str) -> Iterator[None]:
         yield
         return
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(database.name + ".lock").open("w") as file:
+    with database.with_name(database.name + ".lock").open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -44,7 +44,7 @@ class Uploader:
         """Start it. Until it is ready it holds the uploader's lock, so that a measured task waits with its timings."""
         home = tree / tracking.HOME
         home.mkdir(exist_ok=True)
-        with (tree / tracking.LOCK).open("w") as lock:
+        with (tree / tracking.LOCK).open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             hold = ["--hold", str(lock.fileno())]
             return Uploader(tree, endpoints, _start(tree, endpoints, hold, (lock.fileno(),)))

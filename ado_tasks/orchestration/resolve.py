@@ -61,7 +61,7 @@ def _cache_file(project: Path, all_pipelines: bool) -> Path:
 
 def _read(cache: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(cache.read_text())
+        found = json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("format") == _FORMAT else None
@@ -71,7 +71,7 @@ def _write(cache: Path, found: dict[str, Any]) -> None:
     """Atomically: several processes may parse the same DAG file at once."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_name(f".{cache.name}.tmp-{os.getpid()}")
-    partial.write_text(json.dumps(found))
+    partial.write_text(json.dumps(found), encoding="utf-8")
     partial.replace(cache)
 
 

@@ -46,7 +46,7 @@ def workspace(revision: str, endpoints: Endpoints, root: Path) -> Iterator[Path]
     places.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(places)
     place = Path(tempfile.mkdtemp(prefix=f"{revision[:8]}-", dir=places))
-    with (place / _LOCK).open("w") as lock:
+    with (place / _LOCK).open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             tree = place / _TREE
@@ -59,7 +59,8 @@ def workspace(revision: str, endpoints: Endpoints, root: Path) -> Iterator[Path]
 
 def _remove_abandoned(places: Path) -> None:
     for place in places.iterdir():
-        with suppress(OSError), (place / _LOCK).open() as lock:  # one without a lock file is just being made
+        # One without a lock file is just being made.
+        with suppress(OSError), (place / _LOCK).open(encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(place, ignore_errors=True)
 
@@ -73,10 +74,10 @@ def merge_locks(tree: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """
     for name, entry in entries.items():
         path = tree / lock_file(name)
-        lock = _YAML.load(path.read_text()) if path.exists() else None
+        lock = _YAML.load(path.read_text(encoding="utf-8")) if path.exists() else None
         lock = lock or {"schema": "2.0", "stages": {}}
         lock.setdefault("stages", {})[bare_name(name)] = dict(entry)
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             _YAML.dump(lock, file)
 
 
@@ -172,7 +173,7 @@ def _git(*arguments: str) -> str:
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -190,7 +191,7 @@ def _configure_dvc(tree: Path, endpoints: Endpoints, root: Path) -> None:
     if remote is not None:
         local["core"]["remote"] = "ado"
         local["'remote \"ado\"'"] = remote
-    with (tree / ".dvc" / "config.local").open("w") as file:
+    with (tree / ".dvc" / "config.local").open("w", encoding="utf-8") as file:
         local.write(file)
 
 
@@ -243,7 +244,7 @@ def pull(tree: Path) -> None:
     locked = []
     for path in sorted(tree.rglob("dvc.lock")):
         folder = path.parent.relative_to(tree).as_posix()
-        stages = (_YAML.load(path.read_text()) or {}).get("stages", {})
+        stages = (_YAML.load(path.read_text(encoding="utf-8")) or {}).get("stages", {})
         locked += [f"{folder}/dvc.yaml:{name}" if folder != "." else name for name in stages]
     if not tracked and not locked:
         return

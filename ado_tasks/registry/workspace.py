@@ -80,7 +80,7 @@ class Workspace:
     def dvc_hashes(self) -> dict[str, str]:
         """What dvc.lock says of every stage's outputs, by path; empty where there is no lock."""
         try:
-            lock = yaml.safe_load((self.root / "dvc.lock").read_text())
+            lock = yaml.safe_load((self.root / "dvc.lock").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (OSError, yaml.YAMLError) as problem:

@@ -124,7 +124,7 @@ class FolderStore:
     def _locked(self) -> Iterator[None]:
         """Hold the store's write lock. The kernel lets go of it when its holder dies."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / _LOCK).open("w") as file:
+        with (self.root / _LOCK).open("w", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

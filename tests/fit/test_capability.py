@@ -2,10 +2,11 @@
 
 import pytest
 
-from ado_tasks.errors import HardwareError
+from ado_tasks.errors import ArtifactError, ConfigError, HardwareError, StorageError
 from ado_tasks.fit import probes
 from ado_tasks.fit.roofline import save_roofline
 from ado_tasks.hardware.capability import RECORDED, Capability, apple_chip, apple_chips, read_capability
+from ado_tasks.hardware.fingerprint import this_machine
 from ado_tasks.profile import HARDWARE, ROOFLINE, ProfileConfig, profile
 from ado_tasks.storage import write_json
 
@@ -36,10 +37,21 @@ def test_there_and_back(tmp_path) -> None:
         found = read_capability(path)
         write_json(tmp_path / path.name, found.as_plain())
         assert read_capability(tmp_path / path.name) == found
-    with pytest.raises(HardwareError, match="device: 'tpu'; allowed: cpu, metal, cuda"):
-        Capability.from_plain({**found.as_plain(), "device": "tpu"})
-    with pytest.raises(HardwareError, match="colour"):
-        Capability.from_plain({**found.as_plain(), "colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"device": "tpu"}, "device: 'tpu' is not allowed: Input should be 'cpu', 'metal' or 'cuda'"),
+        ({"colour": "red"}, "colour: unknown key; allowed here: chip, device, memory_gib"),
+        ({"memory_gib": "much"}, "memory_gib: 'much' is not allowed"),
+        ({"probes": [{"kind": "matmul"}]}, r"probes\.0\.shape: a value is required"),
+    ],
+)
+def test_figures_of_another_kind_are_named(changed: dict, said: str) -> None:
+    plain = {**read_capability(RECORDED / "cpu.json").as_plain(), **changed}
+    with pytest.raises(ArtifactError, match=f"x.json: not what `ado profile --measured` writes: x.json.{said}"):
+        Capability.from_plain(plain, "x.json")
 
 
 def test_a_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -72,6 +84,32 @@ def test_a_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -
         result = profile(ProfileConfig(), out=out, measured=measured)
     assert len(asked) == 1 and {path.name for path in (measured / result.id).iterdir()} == {HARDWARE, ROOFLINE}
     assert read_capability(measured / result.id / HARDWARE).chip == "Apple M1"
+
+
+def test_a_place_that_cannot_hold_figures_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    """A file, a folder under a file, figures that are damaged: nothing is measured, nothing is left behind."""
+    monkeypatch.setattr(probes, "measure_capability", lambda report: pytest.fail("measured"))
+    out, file, known = tmp_path / "profile.json", tmp_path / "file", tmp_path / "known"
+    file.write_text("x", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--measured .*file: is a file; allowed: a folder, which may be missing"):
+        profile(ProfileConfig(), out=out, measured=file)
+    (known / this_machine().identity).mkdir(parents=True)
+    (known / this_machine().identity / HARDWARE).write_text('{"device": "cpu"}', encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"hardware\.json\.chip: a value is required"):
+        profile(ProfileConfig(), out=out, measured=known)
+    assert not out.exists()
+    with pytest.raises(StorageError, match="file/machines"):
+        profile(ProfileConfig(), out=out, measured=file / "machines")
+    assert {path.name for path in tmp_path.iterdir()} == {"profile.json", "file", "known"}
+
+
+def test_figures_appear_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(probes, "measure_capability", lambda report: apple_chip("Apple M9"))
+    with pytest.raises(HardwareError):
+        profile(ProfileConfig(), out=tmp_path / "profile.json", measured=tmp_path / "machines")
+    assert list((tmp_path / "machines").iterdir()) == []
 
 
 def test_larger_shapes_are_left_out_where_they_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from ado_tasks import settings as command
+from ado_tasks.__main__ import main
 from ado_tasks.config import parse, read_params
-from ado_tasks.errors import ConfigError, HardwareError
+from ado_tasks.errors import ArtifactError, ConfigError, HardwareError
 from ado_tasks.fit.cost import CostModel
 from ado_tasks.fit.memory import Plan, needed
 from ado_tasks.fit.settings import HEADROOM, MEMORY_SIZES, choose_settings, memory_budget, smallest_memory
 from ado_tasks.fit.work import KINDS, unet_work
 from ado_tasks.hardware.capability import GIB, RECORDED, Capability, apple_chip, read_capability
+from ado_tasks.hardware.fingerprint import this_machine
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.profile import ProfileConfig
 from ado_tasks.storage import write_json
@@ -152,6 +154,22 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     assert GIB == 2**30
 
 
+def test_another_json_file_is_no_machine_and_no_cost_model(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    """A fingerprint by `profile` has a device too; what is said names its keys, not Python's arguments."""
+    (tmp_path / "params.yaml").write_text("train: {model: {sample_size: 8}}\n", encoding="utf-8")
+    other, cost = tmp_path / "profile.json", tmp_path / "cost.json"
+    write_json(other, this_machine().as_plain())
+    write_json(cost, {"model": {"precision": "float32", "colour": "red"}})
+    given = ["settings", "--params", str(tmp_path / "params.yaml")]
+    for options, file, key in (
+        (["--hardware", str(other)], f"{other}: not what `ado profile --measured` writes", f"{other}.system"),
+        (["--chip", "Apple M2", "--cost", str(cost)], f"{cost}: model: not what `bench/", f"{cost}: model.colour"),
+    ):
+        assert main([*given, *options]) == ArtifactError.exit_code
+        said = capsys.readouterr().err
+        assert file in said and f"{key}: unknown key" in said and "__init__" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -159,6 +177,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
         (["--batch", "-3"], "--batch: -3"),
         (["--size", "0"], "--size: 0"),
         (["--size", "-8"], "--size: -8"),
+        (["--size", "7"], "--size: 7 is not allowed: a multiple of 8 for this network"),
         (["--memory", "0"], "--memory: 0"),
         (["--hardware", "there.json"], "two machines"),
         (["--set", "wired_limit_gib=foo"], "settings.wired_limit_gib: 'foo'"),
