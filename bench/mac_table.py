@@ -57,7 +57,7 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path}: settings.steps is {report['settings'].get('steps')}; allowed: {STEPS}, as all have"
         )
-    private = PRIVATE.search(path.read_text())
+    private = PRIVATE.search(path.read_text(encoding="utf-8"))
     if private:
         raise ArtifactError(f"{path}: holds a path ({private.group()}…); allowed: none, it would name a user")
     return report
@@ -160,9 +160,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"kept as {add(options.add).relative_to(ROOT)}")
         reports = all_reports()
         if options.write or options.add:
-            page = with_table(PAGE.read_text(), reports)
+            page = with_table(PAGE.read_text(encoding="utf-8"), reports)
             with atomic_file(PAGE) as partial:
-                partial.write_text(page)
+                partial.write_text(page, encoding="utf-8")
         print(table(reports))
     except AdoError as problem:
         print(f"mac_table: {type(problem).__name__}: {problem}", file=sys.stderr)
