@@ -55,7 +55,8 @@ def distill(
         out: folder of the family; `out/<steps>/` is a student. It appears whole or not at all.
         scratch: checkpoints, of the step and of finished stages.
         seed: of the order of images, intervals and noises.
-        start: with `consistency`, a Diffusers folder to begin with in the teacher's place, such as a student's.
+        start: a Diffusers folder to begin with in the teacher's place. With `consistency` such as a student's; with
+            `progressive` a network of another architecture, such as what a search chose: the teacher teaches that.
         features: with `stop: inferior`, folder made by `features`; otherwise not read.
         anchor: with `stop: inferior`, folder made by `anchor` of this teacher: the margin; otherwise not read.
         report: where progress and losses go.
@@ -73,9 +74,9 @@ def distill(
     if isinstance(config, ConsistencyConfig):
         curve = tune(config, start=start, **given)
         return DistillResult(config.student_steps, dict.fromkeys(config.student_steps, curve[-1][1]))
-    if start is not None:
-        raise ConfigError(f"--start {start}: other students begin as their teacher; allowed with: consistency")
     if isinstance(config, GuidedConfig):
+        if start is not None:
+            raise ConfigError(f"--start {start}: a guided student begins as its teacher; allowed: the other methods")
         return DistillResult((), {}, fold(config, **given)[-1][1])
-    losses = teach(config, features=features, anchor=anchor, **given)
+    losses = teach(config, start=start, features=features, anchor=anchor, **given)
     return DistillResult(tuple(losses), losses)

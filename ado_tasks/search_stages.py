@@ -57,10 +57,10 @@ def search_stages(probe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ["reports/sensitivity.json", "reports/sensitivity.png"],
     )  # fmt: skip
     stages["distill_searched"] = _stage(
-        "students of the chosen architecture that need fewer steps",
-        "distill --section distill_searched --teacher models/architecture --dataset data/${dataset}"
-        f" --out {SEARCHED}",
-        ["data/${dataset}", "models/architecture"], ["seed", "distill_searched"], [SEARCHED],
+        "students of the chosen architecture that need fewer steps, taught by the teacher",
+        "distill --section distill_searched --teacher models/teacher --start models/architecture"
+        f" --dataset data/${{dataset}} --out {SEARCHED}",
+        ["data/${dataset}", "models/teacher", "models/architecture"], ["seed", "distill_searched"], [SEARCHED],
     )  # fmt: skip
     return stages
 

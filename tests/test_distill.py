@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ado_tasks import rng
 from ado_tasks.config import parse
 from ado_tasks.datasets.shards import open_dataset
+from ado_tasks.diffusion.grids import uniform_time
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.distill import distill
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import read_model, write_model
+from ado_tasks.models.initialise import initialise
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.adversarial import AdversarialConfig
@@ -19,7 +22,8 @@ from ado_tasks.optimise.matching import MatchingConfig
 from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
 from ado_tasks.optimise.students import DistillConfig, Stage
 from ado_tasks.prepare import PrepareConfig, prepare
-from ado_tasks.storage import load_arrays, read_json
+from ado_tasks.sampling import Sampler, draw
+from ado_tasks.storage import load_arrays, read_json, sha256_tree
 from ado_tasks.train import TrainConfig, train
 
 MODEL = {
@@ -235,6 +239,73 @@ def test_students_of_half_precision_are_near_those_of_whole_and_are_float32_on_d
     assert 0 < apart < 0.1 * moved
     said = [read_json(taught / name / "2" / "ado.json")["history"][-1]["config"] for name in ("float32", precision)]
     assert [config.get("precision") for config in said] == [None, precision]
+
+
+def another(folder: Path, like: Path, **changes: Any) -> Path:
+    """A network of other widths, with first weights of its own, that predicts what `like` does."""
+    model = read_model(like)
+    values = {**MODEL, "sample_size": 8, "in_channels": 1, "out_channels": 1, "num_class_embeds": 10}
+    unet = UNet2D(UNet2DConfig.from_dict({**values, "block_out_channels": [4], "norm_num_groups": 2, **changes}))
+    initialise(unet, rng.key(1, "another"))
+    write_model(folder, unet, model.scheduler_config, {"history": model.record["history"]})
+    return folder
+
+
+def test_a_network_of_another_architecture_is_taught_by_the_teacher(taught: Path) -> None:
+    """It is no student's copy: its pictures come nearer to the teacher's, and each stage keeps its architecture."""
+    options = {"teacher": taught / "teacher", "dataset": taught / "data", "scratch": taught / "scratch", "seed": 0}
+    start = another(taught / "another", taught / "teacher")
+    config = DistillConfig(
+        teacher_steps=8, student_steps=(2, 1), stage_steps=150, batch_size=32, learning_rate=2e-2,
+        matching=MatchingConfig(steps=(0, 5), batch_size=16),
+    )  # fmt: skip
+    distill(config, **options, start=start, out=taught / "narrow")
+    part = open_dataset(taught / "data").split("selection")
+    noise = draw(3, "test", 100, part)
+
+    def pictures(folder: Path, steps: int) -> np.ndarray:
+        return Sampler(read_model(folder))(noise, "ddim", uniform_time(steps))
+
+    fine = pictures(taught / "teacher", 16)
+    for steps in (2, 1):
+        model = read_model(taught / "narrow" / str(steps))
+        assert list(model.unet.config.block_out_channels) == [4]
+        done = model.record["history"][-1]
+        assert done["start"] == sha256_tree(start)
+        apart, before = (
+            np.mean(np.square(pictures(each, steps) - fine)) for each in (taught / "narrow" / str(steps), start)
+        )
+        assert apart < 0.5 * before
+
+
+def test_to_start_as_the_teacher_is_not_to_say_how_to_start(taught: Path) -> None:
+    options = {"teacher": taught / "teacher", "dataset": taught / "data", "scratch": taught / "scratch", "seed": 0}
+    config = DistillConfig(
+        teacher_steps=8, student_steps=(4, 2), stage_steps=5, batch_size=8,
+        matching=MatchingConfig(steps=(2, 2), batch_size=8),
+    )  # fmt: skip
+    distill(config, **options, out=taught / "unsaid")
+    distill(config, **options, start=taught / "teacher", out=taught / "said")
+    for steps in (4, 2):
+        one, other = weights(taught, "unsaid", steps), weights(taught, "said", steps)
+        for name, array in one.items():
+            np.testing.assert_array_equal(other[name], array, err_msg=name)
+
+
+def test_a_start_that_does_not_fit_its_teacher_is_refused(taught: Path, tmp_path: Path) -> None:
+    options = {"teacher": taught / "teacher", "dataset": taught / "data", "scratch": tmp_path, "seed": 0}
+    config = DistillConfig(teacher_steps=8, student_steps=(2,), stage_steps=2, batch_size=8)
+    with pytest.raises(ConfigError, match=r"num_class_embeds is 11; allowed: .*10"):
+        start = another(tmp_path / "classes", taught / "teacher", num_class_embeds=11)
+        distill(config, **options, start=start, out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="a student of 4 steps"):
+        distill(config, **options, start=taught / "often" / "4", out=tmp_path / "out")
+    model = read_model(taught / "teacher")
+    changed = {**model.scheduler_config, "prediction_type": "sample"}
+    write_model(tmp_path / "kind", model.unet, changed, model.record)
+    with pytest.raises(ConfigError, match="its scheduler is"):
+        distill(config, **options, start=tmp_path / "kind", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_judge_in_float16_is_refused() -> None:

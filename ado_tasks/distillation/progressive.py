@@ -16,7 +16,7 @@ from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.cost import distillation_passes
 from ado_tasks.optimise.loop import Curve
 from ado_tasks.optimise.progressive import Interval
-from ado_tasks.optimise.students import DistillConfig, Stage
+from ado_tasks.optimise.students import DistillConfig, Stage, with_weights
 from ado_tasks.pictures import save_curves
 from ado_tasks.report import Reporter
 from ado_tasks.storage import atomic_folder, sha256_tree, write_json
@@ -24,10 +24,12 @@ from ado_tasks.variants import INDEX
 
 
 def teach(
-    config: DistillConfig, *, teacher: Path, dataset: Path, out: Path, scratch: Path, seed: int, features: Path | None,
-    anchor: Path | None, report: Reporter,
+    config: DistillConfig, *, teacher: Path, start: Path | None, dataset: Path, out: Path, scratch: Path, seed: int,
+    features: Path | None, anchor: Path | None, report: Reporter,
 ) -> dict[int, float]:  # fmt: skip
     """Make the chain of students that `distill` describes, and write their folders.
+
+    The first student begins as the model in `start`, which may be of another architecture, or as the teacher.
 
     Returns:
         By each student's steps, its last losses' mean; fewer than were asked for where the chain ended itself.
@@ -43,46 +45,68 @@ def teach(
         )
     if not _goes_on(config, stored.record):
         check_teacher(stored, str(teacher))
-    bits = bits_of(stored.unet)  # students are taught in floats, and have as few bits as their teacher in the end
-    stored = replace(stored, unet=floating(stored.unet))
-    stored.unet.config.check_data(data.shape, data.num_classes, f"{teacher}/unet/config.json")
+    begins = stored if start is None else _other(start, stored, teacher)
+    for model, where in ((stored, teacher), (begins, start or teacher)):
+        model.unet.config.check_data(data.shape, data.num_classes, f"{where}/unet/config.json")
+    bits = bits_of(begins.unet)  # students are taught in floats, and have as few bits as what they begin as in the end
+    first, student = floating(stored.unet), floating(begins.unet)
+    begins = replace(begins, unet=student)
     schedule = schedule_from_diffusers(stored.scheduler_config)
     stopping = _stopping(config, data, features, anchor, seed)
-    key = run_key(__name__, as_plain(config), {"dataset": data.sha256, "teacher": sha256_tree(teacher)}, seed)
+    inputs = {"dataset": data.sha256, "teacher": sha256_tree(teacher)}
+    inputs |= {} if start is None else {"start": sha256_tree(start)}
+    key = run_key(__name__, as_plain(config), inputs, seed)
     part = data.split("train")
 
     curves: dict[str, Curve] = {}
     weights: dict[int, Any] = {}
-    first = parameters = stored.unet.parameters()
     for number, after in enumerate(config.student_steps):
         stage = Stage(config, number, Interval(after, config.walk_of(number)), schedule, kind, seed)
-        teaching = first if config.taught_by == "first" else parameters
+        teaching = first if number == 0 or config.taught_by == "first" else student
         checkpoints = Checkpoints.under(scratch, key + f"-{after}")
-        student, curves[f"{after} steps"] = stage.run(stored.unet, parameters, teaching, part, checkpoints, report)
+        weights[after], curves[f"{after} steps"] = stage.run(student, teaching, part, checkpoints, report)
+        student = with_weights(student, weights[after])
         if config.matching_steps_of(number):
             checkpoints = Checkpoints.under(scratch, key + f"-{after}-matched")
-            student, curve = stage.match(stored.unet, student, teaching, first, part, checkpoints, report)
+            weights[after], curve = stage.match(student, teaching, first, part, checkpoints, report)
+            student = with_weights(student, weights[after])
             curves[f"{after} steps, matching"] = curve
-        parameters = weights[after] = student
-        if stopping and not stopping.goes_on(stored, student, after, report):
+        if stopping and not stopping.goes_on(begins, weights[after], after, report):
             break
 
     with atomic_folder(out) as folder:
-        for steps, student in weights.items():
-            stored.unet.update(student)
-            unet, record = quantised(stored.unet, bits), _record(stored, config, steps, seed)
+        for steps, learned in weights.items():
+            unet = quantised(with_weights(begins.unet, learned), bits)
+            record = _record(begins, config, steps, seed, inputs.get("start"))
             write_model(folder / str(steps), unet, stored.scheduler_config, record)
         write_json(folder / "curves.json", curves)
         save_curves(folder / "distillation.png", curves, "distillation loss")
         if stopping:
             write_json(folder / INDEX, stopping.index(config.student_steps))
     report.picture("distillation", out / "distillation.png")
-    spent = distillation_passes(_record(stored, config, list(weights)[-1], seed))
+    spent = distillation_passes(_record(begins, config, list(weights)[-1], seed, None))
     report.metric("evaluations", spent.evaluations if spent else 0)
     for after in config.student_steps:
         Checkpoints.under(scratch, key + f"-{after}").clear()
         Checkpoints.under(scratch, key + f"-{after}-matched").clear()
     return {steps: curves[f"{steps} steps"][-1][1] for steps in weights}
+
+
+def _other(start: Path, teacher: StoredModel, where: Path) -> StoredModel:
+    """What the first student begins as, in the teacher's place.
+
+    Raises:
+        ConfigError: it predicts something else than the teacher, knows other noise or other classes, or is a student.
+    """
+    model = read_model(start)
+    check_teacher(model, str(start))
+    for name, own, taught in (
+        ("scheduler", model.scheduler_config, teacher.scheduler_config),
+        ("num_class_embeds", model.unet.config.num_class_embeds, teacher.unet.config.num_class_embeds),
+    ):
+        if own != taught:
+            raise ConfigError(f"--start {start}: its {name} is {own}; allowed: that of {where}, {taught}")
+    return model
 
 
 def _goes_on(config: DistillConfig, record: Mapping[str, Any]) -> bool:
@@ -108,7 +132,7 @@ def _stopping(
     return Stopping.read(data, features, anchor, seed)
 
 
-def _record(stored: StoredModel, config: DistillConfig, steps: int, seed: int) -> dict[str, Any]:
+def _record(begins: StoredModel, config: DistillConfig, steps: int, seed: int, start: str | None) -> dict[str, Any]:
     stage = config.student_steps.index(steps)
     matched = config.matching_steps_of(stage) > 0
     method = "progressive, matching" if matched else "progressive"
@@ -118,7 +142,8 @@ def _record(stored: StoredModel, config: DistillConfig, steps: int, seed: int) -
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key
     done = {"task": "distill", "method": method, "steps": steps, "config": settings, "seed": seed}
+    done |= {} if start is None else {"start": start}  # of the folder that the first student began as
     return {
-        "history": [*stored.record.get("history", []), done],
+        "history": [*begins.record.get("history", []), done],
         "sampler": {"solver": "ddim", "steps": steps, "grid": "uniform_time"},
     }

@@ -35,6 +35,7 @@ from ado_tasks.parallel import Parts, Tree
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Time = Annotated[float, Field(gt=0, lt=1)]
 Batch = Mapping[str, mx.array]
+Nets = Mapping[str, UNet2D]  # by role: "student", "teacher", "critic", "before"
 
 TINY = 1e-6  # against 0/0 where a sample is the teacher's x̂ already
 
@@ -144,32 +145,32 @@ class Matching:
         alpha, sigma = self.schedule.alpha_sigma(times)
         return expand(alpha, x) * x + expand(sigma, x) * noise
 
-    def lesson(self, net: UNet2D, weights: Mapping[str, Tree], batch: Batch) -> dict[str, mx.array]:
-        """What student and critic learn from, without gradient.
+    def lesson(self, nets: Nets, weights: Mapping[str, Tree], batch: Batch) -> dict[str, mx.array]:
+        """What student and critic learn from, without gradient. `nets` and `weights` by role.
 
         The student samples; only its last step learns, from where its own earlier steps led (DMD2's backward
         simulation). The critic learns to denoise the sample.
         """
         z, n, k = batch["noise"], self.interval.student_steps, self.interval.teacher_substeps
-        student = self.denoiser(net, weights["student"], batch)
+        student = self.denoiser(nets["student"], weights["student"], batch)
         times = [mx.broadcast_to(mx.array(self.interval.times(np.array([i])), mx.float32), (len(z), k + 1))
                  for i in range(n)]  # fmt: skip
         for i in reversed(range(1, n)):
             z = student_step(student(z, times[i][:, 0]), z, times[i], self.schedule)
         x = student(z, times[0][:, 0])
         noisy = self.noised(x, batch["student_time"], batch["student_noise"])
-        teacher = self.denoiser(net, weights["teacher"], batch)(noisy, batch["student_time"])
+        teacher = self.denoiser(nets["teacher"], weights["teacher"], batch)(noisy, batch["student_time"])
         if self.adversarial:
-            judge = self.judge(net, weights["critic"], batch, batch["student_time"])
+            judge = self.judge(nets["critic"], weights["critic"], batch, batch["student_time"])
             critic, slope = student_slope(judge, noisy)
         else:
-            critic, slope = self.denoiser(net, weights["critic"], batch)(noisy, batch["student_time"]), None
+            critic, slope = self.denoiser(nets["critic"], weights["critic"], batch)(noisy, batch["student_time"]), None
         target = matching_target(x, teacher, critic)
         if slope is not None:
             target = target - self.adversarial_pull(slope, batch["student_time"])
         found = {"z": z, "t": times[0][:, 0], "sample": x, "target": target}
         if self.config.regression:
-            before = self.denoiser(net, weights["before"], batch)
+            before = self.denoiser(nets["before"], weights["before"], batch)
             found["regression"] = distillation_target(before, z, times[0], self.schedule, self.solver)
         return found
 
@@ -223,23 +224,27 @@ class MatchingStep:
     """One step of the student and one of its critic, as one step of `Loop`; the state of both is its state."""
 
     def __init__(
-        self, matching: Matching, net: UNet2D, student: Tree, before: Tree, teacher: Tree, clip: float, shards: int,
+        self, matching: Matching, student: UNet2D, before: UNet2D, teacher: UNet2D, clip: float, shards: int,
         shape: tuple[int, int, int],
     ) -> None:  # fmt: skip
         """From a student that regression has taught, the model that taught it, and the first teacher.
 
-        `shape`: of an image, (H, W, C).
+        Each is a network with its weights; they may be of different architectures. `shape`: of an image, (H, W, C).
         """
         self._matching = matching
         # A network of its own for each function: what is compiled must not meet another's weights.
-        nets = [UNet2D(net.config) for _ in range(3)]
+        own, critics = UNet2D(student.config), UNet2D(teacher.config)
+        nets = {role: UNet2D(net.config) for role, net in
+                {"student": student, "teacher": teacher, "critic": teacher, "before": before}.items()}  # fmt: skip
         self._student = TrainStep(
-            matching.student_loss(nets[0]), student, clip=clip, ema_decay=matching.config.average, shards=shards
-        )
-        critic = {"net": teacher, "head": new_head(net, shape)} if matching.adversarial else teacher
-        self._critic = TrainStep(matching.critic_loss(nets[1]), critic, clip=clip, ema_decay=None, shards=shards)
-        self._held = {"teacher": teacher, "before": before}
-        self._lesson = Parts(lambda weights, batch: matching.lesson(nets[2], weights, batch), shards)
+            matching.student_loss(own), student.parameters(), clip=clip, ema_decay=matching.config.average,
+            shards=shards,
+        )  # fmt: skip
+        first = teacher.parameters()
+        critic = {"net": first, "head": new_head(teacher, shape)} if matching.adversarial else first
+        self._critic = TrainStep(matching.critic_loss(critics), critic, clip=clip, ema_decay=None, shards=shards)
+        self._held = {"teacher": first, "before": before.parameters()}
+        self._lesson = Parts(lambda weights, batch: matching.lesson(nets, weights, batch), shards)
         self._done = 0
 
     def __call__(self, batch: Batch, learning_rate: float) -> mx.array:

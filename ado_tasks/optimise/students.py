@@ -114,6 +114,13 @@ class DistillConfig:
         return sum(self.steps_of(stage) + self.matching_steps_of(stage) for stage in range(len(self.student_steps)))
 
 
+def with_weights(like: UNet2D, weights: Any) -> UNet2D:
+    """Another network of the same architecture, with these weights."""
+    net = UNet2D(like.config)
+    net.update(weights)
+    return net
+
+
 def _of_stage(given: V | tuple[V, ...], stage: int) -> V:
     return given[stage] if isinstance(given, tuple) else given
 
@@ -130,13 +137,13 @@ class Stage:
     seed: int
 
     def run(
-        self, unet: UNet2D, start: Any, teacher: Any, part: Split, checkpoints: Checkpoints, report: Reporter
+        self, student: UNet2D, teacher: UNet2D, part: Split, checkpoints: Checkpoints, report: Reporter
     ) -> tuple[Any, Curve]:
-        """Teach a student that starts from the weights `start`; returns its weights and the loss curve."""
-        frozen = UNet2D(unet.config)
-        frozen.update(lowered(teacher, self.config.precision))
-        targets = self.targets(frozen)
-        step = TrainStep(self.loss(unet), start, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
+        """Teach a student that starts from the weights it has; returns its new weights and the loss curve."""
+        frozen = with_weights(teacher, lowered(teacher.parameters(), self.config.precision))
+        targets, start = self.targets(frozen), student.parameters()
+        loss = self.loss(UNet2D(student.config))
+        step = TrainStep(loss, start, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
         curve = self._repeat(
             step, f"distill_{self.interval.student_steps}", self.config.steps_of(self.number),
             self.batches(part, targets), self.learning_rate_at, checkpoints, report, 0,
@@ -144,10 +151,12 @@ class Stage:
         return step.parameters(), curve
 
     def match(
-        self, unet: UNet2D, student: Any, before: Any, first: Any, part: Split, checkpoints: Checkpoints,
-        report: Reporter,
-    ) -> tuple[Any, Curve]:  # fmt: skip
-        """Bring the stage's student to the first teacher's distribution; returns its weights and the loss curve."""
+        self, student: UNet2D, before: UNet2D, first: UNet2D, part: Split, checkpoints: Checkpoints, report: Reporter
+    ) -> tuple[Any, Curve]:
+        """Bring the stage's student to the first teacher's distribution; returns its weights and the loss curve.
+
+        `before`: who taught it in this stage.
+        """
         assert self.config.matching is not None
         matching = Matching(
             self.config.matching, self.interval, self.config.matching_steps_of(self.number),
@@ -155,7 +164,7 @@ class Stage:
             self.seed, self.config.charbonnier, self.config.adversarial_weight_of(self.number),
             self.config.solver_of(self.number), self.config.precision,
         )  # fmt: skip
-        step = MatchingStep(matching, unet, student, before, first, self.config.clip, self.config.shards, part.shape)
+        step = MatchingStep(matching, student, before, first, self.config.clip, self.config.shards, part.shape)
         curve = self._repeat(
             step, f"match_{self.interval.student_steps}", matching.steps, lambda index: matching.batch(part, index),
             matching.learning_rate_at, checkpoints, report, self.config.steps_of(self.number),

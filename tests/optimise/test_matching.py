@@ -87,7 +87,7 @@ def test_the_lesson_is_about_what_the_student_itself_samples(steps: int) -> None
     told = batch()
     each = {"student": student, "before": teacher, "teacher": teacher, "critic": teacher}
     weights = {name: net.parameters() for name, net in each.items()}
-    found = matching(steps).lesson(network(2), weights, told)
+    found = matching(steps).lesson(dict.fromkeys(each, network(2)), weights, told)
     denoise = make_denoiser(lambda z, t: student(z, t, told["labels"]), SCHEDULE, "v_prediction")
     expected = ddim(denoise, told["noise"], np.linspace(1, 0, steps + 1), SCHEDULE)
     np.testing.assert_allclose(found["sample"], expected, atol=2e-5)
@@ -100,8 +100,8 @@ def test_the_lesson_is_about_what_the_student_itself_samples(steps: int) -> None
 
 
 def step_of(shards: int = 1, adversarial: float = 0.0, **options) -> MatchingStep:
-    start = [network(seed).parameters() for seed in range(3)]
-    return MatchingStep(matching(2, adversarial, **options), network(3), *start, 1.0, shards, (4, 4, 1))
+    start = [network(seed) for seed in range(3)]
+    return MatchingStep(matching(2, adversarial, **options), *start, 1.0, shards, (4, 4, 1))
 
 
 def run(step: MatchingStep, first: int, last: int, rate: float = 1e-3) -> MatchingStep:
@@ -152,11 +152,11 @@ def test_without_the_adversarial_term_real_images_change_nothing_and_no_head_is_
 
 def test_the_head_learns_to_tell_real_images_and_samples_are_drawn_to_them() -> None:
     """Student, teacher and critic are one network that knows nothing of bright images: only the head can tell."""
-    options, same, told = {"regression": 0.0, "average": 0.0}, network(0).parameters(), batch(100)
+    options, same, told = {"regression": 0.0, "average": 0.0}, network(0), batch(100)
     ends = []
     for weight in (0.0, 10.0):
         term = matching(2, weight, critic_learning_rate=0.01, **options)
-        step = run(MatchingStep(term, network(3), same, same, same, 1.0, 1, (4, 4, 1)), 0, 20, 3e-3)
+        step = run(MatchingStep(term, same, same, same, 1.0, 1, (4, 4, 1)), 0, 20, 3e-3)
         denoise = make_denoiser(lambda z, t, s=step: _with(s)(z, t, told["labels"]), SCHEDULE, "v_prediction")
         ends.append(float(np.array(ddim(denoise, told["noise"], np.array([1, 0.5, 0]), SCHEDULE)).mean()))
     assert ends[0] < -0.5
