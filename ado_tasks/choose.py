@@ -127,7 +127,8 @@ def ways(quality: dict[str, Any], index: dict[str, Any], measured: dict[str, Any
     for name, upper in judged.items():
         family, solver = name.rpartition("-")[0], variants[name]["solver"].partition("+")[0]
         nfe, calibrated = variants[name]["nfe"], family == CALIBRATED
-        distance = nearness.get((solver, nfe)) if calibrated else None  # one of the schedules above, judged
+        # One of the schedules above, judged. A searched network's are near to another fine solution: no distance.
+        distance = nearness.get((solver, nfe)) if calibrated else None
         found.setdefault(TEACHER if calibrated else family, []).append(Way(name, solver, nfe, upper, distance))
     return [
         way

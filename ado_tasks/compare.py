@@ -152,6 +152,7 @@ def closing_lines(quality: dict[str, Any], cost: dict[str, Any], reports: Path) 
             for family, found in quality.get("stopped", {}).items()
         ),
         *_nearness(quality["variants"], quality.get("calibration", [])),
+        *_architecture(quality.get("architecture")),
         *(["speed-up: the median over the rounds of `measure`; in brackets the least and the most."] if cost else []),
         f"chosen (on the selection part): {chosen}{gain}.",
         f"pictures: {', '.join(str(reports / f'{name}.png') for name in ('samples', 'quality', 'paired'))}",
@@ -190,12 +191,10 @@ def _nearness(entries: Sequence[Mapping[str, Any]], calibration: Sequence[Mappin
     """How near to the fine solution students come beside DDIM, and learned knots beside the usual grids."""
     ratios = [(entry["name"], entry.get("paired_ratio_to_ddim")) for entry in entries]
     said = ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios if ratio is not None)
-    nearer = sum(row["better"] for row in calibration)
     return [
         *([f"paired distance over that of the teacher's DDIM at the same steps: {said}."] if said else []),
-        *([f"learned knots: nearer to the fine solution than every usual grid in {nearer} of {len(calibration)} cases "
-           "(solver and steps; each p < 0.05 after Holm)."] if calibration else []),
-    ]  # fmt: skip
+        *([_nearer("learned knots: nearer to the fine solution", calibration)] if calibration else []),
+    ]
 
 
 def _spent(compute: Mapping[str, Any] | None) -> list[str]:
@@ -204,16 +203,11 @@ def _spent(compute: Mapping[str, Any] | None) -> list[str]:
         return []
     training = compute["training"]
     known = {family: count for family, count in compute["distillation"].items() if count is not None}
-    spent = dict(compute["calibration"] or {})
-    reference = spent.pop("reference", 0)
-    lines = []
-    if spent:
-        most = max(spent, key=lambda name: spent[name])
-        lines.append(
-            f"calibration: at most {100 * spent[most] / training:.1f} % of the teacher's training for a schedule "
-            f"({most}), and {100 * reference / training:.1f} % once for the fine trajectories "
-            f"(asked on digits: {100 * CALIBRATION_SHARE:.0f} %)."
-        )
+    lines = _spent_on_schedules("calibration", compute["calibration"], training)
+    lines += _spent_on_schedules(
+        "calibration of the searched network, each of its evaluations counted as one of the teacher's",
+        compute.get("architecture_calibration"), training,
+    )  # fmt: skip
     if known:
         said = ", ".join(f"{family} {count / training:.2f}×" for family, count in known.items())
         lines.append(
@@ -221,6 +215,39 @@ def _spent(compute: Mapping[str, Any] | None) -> list[str]:
             f"{DISTILLATION_RATIO:g}×); it is {training:,} network evaluations, a backward pass as two forward passes."
         )
     return lines
+
+
+def _spent_on_schedules(what: str, cost: Mapping[str, int] | None, training: int) -> list[str]:
+    spent = dict(cost or {})
+    reference = spent.pop("reference", 0)
+    if not spent:
+        return []
+    most = max(spent, key=lambda name: spent[name])
+    return [
+        f"{what}: at most {100 * spent[most] / training:.1f} % of the teacher's training for a schedule "
+        f"({most}), and {100 * reference / training:.1f} % once for the fine trajectories "
+        f"(asked on digits: {100 * CALIBRATION_SHARE:.0f} %)."
+    ]
+
+
+def _architecture(said: Mapping[str, Any] | None) -> list[str]:
+    """What the table cannot say of the network that a search chose."""
+    if not said:
+        return []
+    if said["is_teacher"]:
+        return [
+            "architecture: the search left the teacher as it is (models/architecture/search.json says why); it is "
+            "shown once, as the teacher, and students named searched are students of the teacher."
+        ]
+    rows = said.get("calibration", [])
+    return [_nearer("learned knots of the searched network: nearer to its own fine solution", rows)] if rows else []
+
+
+def _nearer(what: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    nearer = sum(row["better"] for row in rows)
+    return (
+        f"{what} than every usual grid in {nearer} of {len(rows)} cases (solver and steps; each p < 0.05 after Holm)."
+    )
 
 
 def _stops(entries: Sequence[Mapping[str, Any]], margin: float) -> list[str]:

@@ -24,7 +24,15 @@ from ado_tasks.pictures import save_grid
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Images, Sampler, draw
 from ado_tasks.storage import atomic_files, load_arrays, read_json, write_json
-from ado_tasks.variants import Variant, all_variants, family_index, schedule_of
+from ado_tasks.variants import (
+    ARCHITECTURE,
+    CALIBRATED,
+    Variant,
+    all_variants,
+    family_index,
+    read_architecture,
+    schedule_of,
+)
 
 REPORT, SELECTION = "report", "selection"  # names of draws: nothing is ever chosen on the first
 # The solution that paired distances are taken to: as near to the exact one (mean square 1.2e-6 a pixel on the demo's
@@ -56,7 +64,8 @@ class EvaluateResult:
 
 def evaluate(
     config: EvaluateConfig, *, dataset: Path, features: Path, anchor: Path, teacher: Path, students: tuple[Path, ...],
-    schedules: Path, out: Path, seed: int, report: Reporter = SILENT,
+    schedules: Path, out: Path, seed: int, architecture: Path | None = None,
+    architecture_schedules: Path | None = None, report: Reporter = SILENT,
 ) -> EvaluateResult:  # fmt: skip
     """Compare every variant with the teacher at 50 steps and with real images, and write reports/evaluate.json.
 
@@ -70,11 +79,14 @@ def evaluate(
         schedules: folder made by `calibrate` for the teacher.
         out: folder of the reports; evaluate.json, samples.png, quality.png and paired.png appear in it together.
         seed: of the noise.
+        architecture: folder made by `search`: its network is compared too, unless it is the teacher.
+        architecture_schedules: folder made by `calibrate` for that network.
         report: where progress and figures go.
 
     Raises:
         ArtifactError: an input is damaged, or the margin was frozen with other features.
-        ConfigError: a model makes other images than the dataset's, or has fewer classes.
+        ConfigError: a model makes other images than the dataset's, or has fewer classes; or schedules of an
+            architecture without the architecture.
         DivergenceError: a sample is not finite.
     """
     frozen = read_json(anchor / "anchor.json", "features_sha256", "margin")
@@ -85,7 +97,8 @@ def evaluate(
             f"{anchor}: the margin was frozen with other features than {features} holds; run `anchor` again"
         )
     stored = read_model(teacher)
-    variants = all_variants(stored, students, schedules)
+    searched = read_architecture(architecture, stored)
+    variants = all_variants(stored, students, schedules, searched, architecture_schedules)
     for variant in variants:
         variant.model.unet.config.check_data(data.shape, data.num_classes, f"{variant.name}: unet/config.json")
     stopped = {family.name: index for family in students if (index := family_index(family)) is not None}
@@ -93,10 +106,7 @@ def evaluate(
     start = draw(seed, REPORT, config.n_generated, data.split("report"))
 
     paired = start.first(config.n_paired)
-    fine = samplers(
-        Variant("fine", FINE_SOLVER, FINE_SOLVER, grids.uniform_log_snr(FINE_STEPS, schedule_of(stored)), stored),
-        paired,
-    )
+    fine = _fine(samplers, stored, paired)
     samples: dict[str, Images] = {}
     for number, variant in enumerate(variants):
         samples[variant.name] = samplers(variant, start)
@@ -117,9 +127,7 @@ def evaluate(
             if entries[-1][name] is not None:
                 report.metric(f"{variant.name}.{name}", entries[-1][name])
 
-    calibration = compare_grids(
-        partial(samplers.sample, stored, start=paired.first(COMPARED)), schedule_of(stored), schedules, fine[:COMPARED]
-    )
+    calibration = _compare_grids(samplers, stored, schedules, paired.first(COMPARED))
     chosen, reasons = _choose(config, samplers, variants, data, extractor, anchor, frozen["margin"], seed)
     result = {
         "variants": entries,
@@ -132,7 +140,8 @@ def evaluate(
         "calibration": calibration,
         "chosen": chosen,
         "choice": reasons,
-        "compute": _compute(stored, variants, schedules),
+        "compute": _compute(stored, variants, schedules, architecture_schedules),
+        **_architecture(samplers, stored, searched, architecture_schedules, paired.first(COMPARED)),
         **({"stopped": stopped} if stopped else {}),  # chains that ended themselves, on the selection part
         "config": as_plain(config),
     }  # fmt: skip
@@ -184,6 +193,30 @@ def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
     return one is other if one is None or other is None else np.array_equal(one, other)
 
 
+def _fine(samplers: _Samplers, model: StoredModel, start: Draw) -> Images:
+    """The model's own solution from this noise, as near to the exact one as is worth its evaluations."""
+    times = grids.uniform_log_snr(FINE_STEPS, schedule_of(model))
+    return samplers(Variant("fine", FINE_SOLVER, FINE_SOLVER, times, model), start)
+
+
+def _compare_grids(samplers: _Samplers, model: StoredModel, schedules: Path, start: Draw) -> list[dict[str, Any]]:
+    """A model's learned knots beside the usual grids, each by its distance to that model's own fine solution."""
+    sample = partial(samplers.sample, model, start=start)
+    return compare_grids(sample, schedule_of(model), schedules, _fine(samplers, model, start))
+
+
+def _architecture(
+    samplers: _Samplers, teacher: StoredModel, searched: StoredModel | None, schedules: Path | None, start: Draw
+) -> dict[str, Any]:
+    """What is said of the network that a search chose, beside its variants; nothing where there was no search."""
+    if searched is None:
+        return {}
+    if schedules is None or searched is teacher:
+        return {"architecture": {"is_teacher": searched is teacher}}
+    calibration = _compare_grids(samplers, searched, schedules, start)
+    return {"architecture": {"is_teacher": False, "calibration": calibration}}
+
+
 def _mean_square(images: Images, fine: Images) -> float:
     return float(np.mean(np.square(images[: len(fine)].astype(np.float64) - fine)))
 
@@ -200,22 +233,34 @@ def _entry(variant: Variant, found: Scores, ddim_error: float | None) -> dict[st
     }
 
 
-def _compute(teacher: StoredModel, variants: list[Variant], schedules: Path) -> dict[str, Any]:
+def _compute(
+    teacher: StoredModel, variants: list[Variant], schedules: Path, architecture_schedules: Path | None = None
+) -> dict[str, Any]:
     """Network evaluations of training, of each family's distillation, of learned schedules; None where not known."""
     training = training_passes(teacher.record)
     families: dict[str, list[dict[str, Any]]] = {}
     for variant in variants:
-        if variant.model is not teacher:
+        if variant.family not in {"teacher", ARCHITECTURE, *CALIBRATED}:
             families.setdefault(variant.family, []).append(variant.model.record)
-    index = schedules / "index.json"
     return {
         "training": None if training is None else training.evaluations,
         "distillation": {
             family: None if passes is None else passes.evaluations
             for family, passes in ((family, family_passes(records)) for family, records in families.items())
         },
-        "calibration": read_json(index).get("cost") if index.exists() else None,
+        "calibration": _calibration_cost(schedules),
+        **(
+            {}
+            if architecture_schedules is None
+            else {"architecture_calibration": _calibration_cost(architecture_schedules)}
+        ),
     }
+
+
+def _calibration_cost(schedules: Path) -> dict[str, int] | None:
+    """Network evaluations by what they were for, as `calibrate` wrote them; None of a folder without an index."""
+    index = schedules / "index.json"
+    return read_json(index).get("cost") if index.exists() else None
 
 
 def _choose(

@@ -24,7 +24,8 @@ GRAPH = Path("dvc.yaml")
 NUMERIC_VERSIONS = "numeric-versions.json"
 _CODE = "ado_tasks/"
 _FAMILY = re.compile(r"[A-Za-z][\w-]*", re.ASCII)
-_TAKEN = ("teacher", "calibrated", "searched", "probes", "architecture")  # other stages' folders and variants
+# Other stages' folders and variants.
+_TAKEN = ("teacher", "calibrated", "searched", "probes", "architecture", "architecture_calibrated")
 
 
 def task_of(command: str) -> str:
@@ -153,7 +154,7 @@ def main() -> int:
         if options.methods_of is not None:
             graph = read_graph()
             set_methods(graph, methods_in(options.methods_of))
-            set_search(graph, read_params(options.methods_of).get("probe"))
+            set_search(graph, read_params(options.methods_of))
             renew_code_deps(graph)
             _write(graph, GRAPH)
         missing = missing_deps(read_graph())

@@ -23,7 +23,7 @@ from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.report import SILENT, Reporter
 from ado_tasks.sampling import Draw, Sampler
 from ado_tasks.storage import write_json
-from ado_tasks.variants import Variant, all_variants, read_knots
+from ado_tasks.variants import Variant, all_variants, read_architecture, read_knots
 
 REFERENCE = "teacher-50"  # speed-ups are against it: same batch, device and precision
 
@@ -49,7 +49,7 @@ class MeasureResult:
 
 def measure(
     config: MeasureConfig, *, teacher: Path, students: tuple[Path, ...], schedules: Path, profile: Path, out: Path,
-    seed: int, report: Reporter = SILENT,
+    seed: int, architecture: Path | None = None, architecture_schedules: Path | None = None, report: Reporter = SILENT,
 ) -> MeasureResult:  # fmt: skip
     """Time every variant in turn, interleaved, and write reports/measure.json.
 
@@ -63,14 +63,18 @@ def measure(
         profile: file made by `profile`, on this machine.
         out: the JSON file.
         seed: of the noise (which does not matter to the figures).
+        architecture: folder made by `search`: its network is timed too, unless it is the teacher.
+        architecture_schedules: folder made by `calibrate` for that network.
         report: where progress and figures go.
 
     Raises:
+        ConfigError: schedules of an architecture without the architecture.
         HardwareError: the profile is another machine's.
     """
     machine = machine_of(profile)
     stored = read_model(teacher)
-    variants = all_variants(stored, students, schedules)
+    searched = read_architecture(architecture, stored)
+    variants = all_variants(stored, students, schedules, searched, architecture_schedules)
     start = _start(variants[0], config.batch_size, seed)
     samplers = {id(v.model): Sampler(v.model, config.batch_size, config.shards) for v in variants}
     actions = {variant.name: _sampling(samplers[id(variant.model)], variant, start) for variant in variants}

@@ -12,12 +12,20 @@ from ado_tasks.architecture.race import RaceConfig
 from ado_tasks.config import parse
 from ado_tasks.errors import ConfigError
 
-SEARCHED = "models/searched"  # the family of students of the chosen architecture
-NAMES = re.compile(r"probe(_guided|_\d+)?|weigh|search|sensitivity|distill_searched", re.ASCII)  # of its stages
+ARCHITECTURE = "models/architecture"  # the chosen one
+SEARCHED = "models/searched"  # the family of its students
+SCHEDULES = "schedules/architecture"  # where it should step itself
+CALIBRATE = "calibrate_searched"  # a section that a params file with a search may have or not, and its stage
+NAMES = re.compile(rf"probe(_guided|_\d+)?|weigh|search|sensitivity|distill_searched|{CALIBRATE}", re.ASCII)  # stages
+_COMPARED = f" --architecture {ARCHITECTURE} --architecture-schedules {SCHEDULES}"  # by what compares students
 
 
-def search_stages(probe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The stages, in their order, without the code among their deps. `probe` is that section of the params file.
+def search_stages(probe: Mapping[str, Any], *, calibrated: bool = False) -> dict[str, dict[str, Any]]:
+    """The stages, in their order, without the code among their deps.
+
+    Args:
+        probe: that section of the params file.
+        calibrated: whether the chosen architecture is calibrated too.
 
     Raises:
         ConfigError: the section is no mapping, or the race's in it is not allowed.
@@ -46,8 +54,8 @@ def search_stages(probe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     stages["search"] = _stage(
         "choose an architecture among the probes",
         f"search --teacher models/teacher --probes {' '.join(probes)} --measured reports/probes.json"
-        " --out models/architecture",
-        ["models/teacher", *probes, "reports/probes.json"], ["search"], ["models/architecture"],
+        f" --out {ARCHITECTURE}",
+        ["models/teacher", *probes, "reports/probes.json"], ["search"], [ARCHITECTURE],
     )  # fmt: skip
     stages["sensitivity"] = _stage(
         "what each block of the teacher is worth, and costs on this machine",
@@ -58,33 +66,51 @@ def search_stages(probe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     )  # fmt: skip
     stages["distill_searched"] = _stage(
         "students of the chosen architecture that need fewer steps, taught by the teacher",
-        "distill --section distill_searched --teacher models/teacher --start models/architecture"
-        f" --dataset data/${{dataset}} --out {SEARCHED}",
-        ["data/${dataset}", "models/teacher", "models/architecture"], ["seed", "distill_searched"], [SEARCHED],
+        f"distill --section distill_searched --teacher models/teacher --start {ARCHITECTURE} --dataset data/${{dataset}}"
+        f" --out {SEARCHED}",
+        ["data/${dataset}", "models/teacher", ARCHITECTURE], ["seed", "distill_searched"], [SEARCHED],
     )  # fmt: skip
+    if calibrated:
+        stages[CALIBRATE] = _stage(
+            "where the chosen architecture's own sampler should step",
+            f"calibrate --section {CALIBRATE} --model {ARCHITECTURE} --dataset data/${{dataset}} --out {SCHEDULES}",
+            ["data/${dataset}", ARCHITECTURE], ["seed", CALIBRATE], [SCHEDULES],
+        )  # fmt: skip
     return stages
 
 
-def set_search(graph: Any, probe: Mapping[str, Any] | None) -> None:
-    """Let the graph have exactly the search of this section; with none, no search. What compares students follows.
+def set_search(graph: Any, params: Mapping[str, Any]) -> None:
+    """Let the graph have exactly the search of these params: of `probe`, or none. What compares students follows.
 
-    Whatever a former race had is taken out first; a stage of another name is not the search's, and stays.
+    With a section `calibrate_searched` the chosen architecture is calibrated, and compared itself; without, only its
+    students are. Whatever a former race had is taken out first; a stage of another name is not the search's, and stays.
     """
     for name in [name for name in graph["stages"] if NAMES.fullmatch(name)]:
         del graph["stages"][name]
-    stages = search_stages(probe) if probe is not None else {}
+    searches, calibrated = params.get("probe") is not None, params.get(CALIBRATE) is not None
+    stages = search_stages(params["probe"], calibrated=calibrated) if searches else {}
+    added = [SEARCHED] * searches + [ARCHITECTURE, SCHEDULES] * (searches and calibrated)
     for stage in graph["stages"].values():
-        if "--students " not in stage["cmd"]:
-            continue
-        families = stage["cmd"].partition("--students ")[2].partition(" --")[0]
-        wanted = [family for family in families.split() if family != SEARCHED] + [SEARCHED] * bool(stages)
-        stage["cmd"] = stage["cmd"].replace(f"--students {families}", f"--students {' '.join(wanted)}")
-        deps = [dep for dep in stage["deps"] if dep != SEARCHED]
-        if stages:
-            deps.insert(deps.index(wanted[-2]) + 1, SEARCHED)
-        if deps != list(stage["deps"]):
-            stage["deps"] = deps
+        if "--students " in stage["cmd"]:
+            _compare(stage, added)
     graph["stages"].update(stages)
+
+
+def _compare(stage: Any, added: list[str]) -> None:
+    """Let a stage that compares students compare exactly these outputs of a search too."""
+    command = stage["cmd"].replace(_COMPARED, "")
+    families = command.partition("--students ")[2].partition(" --")[0]
+    wanted = [family for family in families.split() if family != SEARCHED]
+    after = wanted[-1]
+    wanted += [SEARCHED] * (SEARCHED in added)
+    command = command.replace(f"--students {families}", f"--students {' '.join(wanted)}")
+    stage["cmd"] = command.replace(" --out ", f"{_COMPARED} --out ") if SCHEDULES in added else command
+    deps = [dep for dep in stage["deps"] if dep not in {SEARCHED, ARCHITECTURE, SCHEDULES}]
+    if added:
+        place = deps.index(after) + 1
+        deps[place:place] = added
+    if deps != list(stage["deps"]):
+        stage["deps"] = deps
 
 
 def _rung(below: list[str], lanes: list[str]) -> dict[str, Any]:

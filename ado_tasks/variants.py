@@ -7,18 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from ado_tasks.backend import mx
 from ado_tasks.diffusion import grids
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.diffusion.solvers import SOLVERS
 from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.interop.diffusers_folder import RECORD, StoredModel, read_model
 from ado_tasks.models.quantised import floating
-from ado_tasks.models.weights import parameter_count
+from ado_tasks.models.weights import flat_parameters, parameter_count
 from ado_tasks.storage import read_json
 
 TEACHER_STEPS = (50, 8, 4, 2, 1)  # DDIM: the reference, and what halving its steps costs without distillation
 MULTISTEP = ("ipndm", "dpmpp_2m", "angle_ab2")
 BASELINE_GRIDS = ("uniform_time", "uniform_log_snr", "edm_rho")
+ARCHITECTURE = "architecture"  # the family of the network that a search chose, with plain DDIM
+CALIBRATED = {"calibrated": "teacher", "architecture_calibrated": ARCHITECTURE}  # at learned knots: whose network it is
 INDEX = "index.json"  # of a family whose chain ended itself: which students there are, where it stopped, and why
 
 
@@ -49,9 +52,11 @@ class Variant:
         return self.name.rpartition("-")[0]
 
 
-def teacher_variants(teacher: StoredModel, steps: tuple[int, ...] = TEACHER_STEPS) -> list[Variant]:
-    """The teacher with plain DDIM on Diffusers' trailing grid."""
-    return [Variant(f"teacher-{n}", "ddim", "ddim", grids.uniform_time(n), teacher) for n in steps]
+def teacher_variants(
+    teacher: StoredModel, steps: tuple[int, ...] = TEACHER_STEPS, family: str = "teacher"
+) -> list[Variant]:
+    """The teacher, or another network that needs many steps, with plain DDIM on Diffusers' trailing grid."""
+    return [Variant(f"{family}-{n}", "ddim", "ddim", grids.uniform_time(n), teacher) for n in steps]
 
 
 def student_folders(models: Path) -> list[Path]:
@@ -102,7 +107,7 @@ def student_variant(folder: Path) -> Variant:
     return Variant(f"{folder.parent.name}-{steps}", method, method, times, model)
 
 
-def calibrated_variants(teacher: StoredModel, schedules: Path) -> list[Variant]:
+def calibrated_variants(teacher: StoredModel, schedules: Path, family: str = "calibrated") -> list[Variant]:
     """The frozen teacher at its learned knots, fewest steps last; of multistep solvers, the nearest in validation."""
     nearest: dict[int, dict[str, Any]] = {}
     for entry in read_knots(schedules):
@@ -110,7 +115,7 @@ def calibrated_variants(teacher: StoredModel, schedules: Path) -> list[Variant]:
         if entry["solver"] in MULTISTEP and (best is None or entry["distance"] < best["distance"]):
             nearest[entry["nfe"]] = entry
     return [
-        calibrated_variant(f"calibrated-{entry['nfe']}", teacher, entry)
+        calibrated_variant(f"{family}-{entry['nfe']}", teacher, entry)
         for entry in sorted(nearest.values(), key=lambda entry: -entry["nfe"])
     ]
 
@@ -125,19 +130,48 @@ def calibrated_variant(name: str, teacher: StoredModel, entry: Mapping[str, Any]
     )  # fmt: skip
 
 
-def all_variants(teacher: StoredModel, students: Sequence[Path], schedules: Path) -> list[Variant]:
+def read_architecture(folder: Path | None, teacher: StoredModel) -> StoredModel | None:
+    """The network that a search chose: `teacher` itself where that is the same network; None without a folder."""
+    if folder is None:
+        return None
+    found = read_model(folder)
+    return teacher if _same_network(found, teacher) else found
+
+
+def architecture_variants(architecture: StoredModel, schedules: Path | None) -> list[Variant]:
+    """The network that a search chose: as many steps of plain DDIM as the reference's, then its own learned knots."""
+    plain = teacher_variants(architecture, TEACHER_STEPS[:1], ARCHITECTURE)
+    if schedules is None:
+        return plain
+    return [*plain, *calibrated_variants(architecture, schedules, "architecture_calibrated")]
+
+
+def all_variants(
+    teacher: StoredModel, students: Sequence[Path], schedules: Path, architecture: StoredModel | None = None,
+    architecture_schedules: Path | None = None,
+) -> list[Variant]:  # fmt: skip
     """Everything that is compared: the teacher, each family of students, the teacher at learned knots.
 
+    Then the network that a search chose, and it at its own learned knots; not where it is the teacher itself (see
+    `read_architecture`): one network is not compared under two names.
+
     Raises:
-        ConfigError: two families have one name, and so would their variants.
+        ConfigError: two families have one name, and so would their variants; or schedules of no network.
     """
     names = [family.name for family in students]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"students: {', '.join(map(str, students))}: two families of one name; allowed: different ones"
         )
+    if architecture is None and architecture_schedules is not None:
+        raise ConfigError(
+            f"architecture_schedules: {architecture_schedules}: of which network is not said; allowed with architecture"
+        )
     families = [variant for family in students for variant in student_variants(family)]
-    return [*teacher_variants(teacher), *families, *calibrated_variants(teacher, schedules)]
+    found = [*teacher_variants(teacher), *families, *calibrated_variants(teacher, schedules)]
+    if architecture is None or architecture is teacher:
+        return found
+    return [*found, *architecture_variants(architecture, architecture_schedules)]
 
 
 def read_knots(schedules: Path) -> list[dict[str, Any]]:
@@ -158,3 +192,13 @@ def baseline_grid(name: str, steps: int, schedule: NoiseSchedule) -> np.ndarray:
 def schedule_of(model: StoredModel) -> NoiseSchedule:
     """The noise schedule a model was trained with."""
     return schedule_from_diffusers(model.scheduler_config)
+
+
+def _same_network(one: StoredModel, other: StoredModel) -> bool:
+    """Whether two networks are of one configuration and have the same weights, bit for bit."""
+    first, second = (flat_parameters(model.unet) for model in (one, other))
+    return (
+        one.unet.config == other.unet.config
+        and first.keys() == second.keys()
+        and all(bool(mx.array_equal(first[name], second[name])) for name in first)
+    )

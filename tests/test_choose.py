@@ -149,3 +149,28 @@ def test_a_line_below_zero_is_noise_and_goes_through_zero() -> None:
     assert step.median == pytest.approx((2 * 10 + 8 * 70) / (2**2 + 8**2))
     errors = [(2 * k - 10) ** 2 + (8 * k - 70) ** 2 for k in (0.99 * step.median, step.median, 1.01 * step.median)]
     assert errors[1] == min(errors)
+
+
+def test_what_was_searched_for_is_chosen_by_the_same_rule(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By KID. Its schedules' distances are to its own fine solution, so a limit on distance leaves it out."""
+    quality, measured = (read_json(place / "reports" / name) for name in ("evaluate.json", "measure.json"))
+    added = {"architecture-50": ("ddim", 50), "architecture_calibrated-8": ("ipndm+gits", 8), "searched-8": ("ddim", 8)}
+    quality["variants"] += [{"name": name, "solver": by, "nfe": nfe} for name, (by, nfe) in added.items()]
+    quality["choice"] += [
+        {"name": name, "upper_end": upper} for name, upper in zip(added, (0.012, 0.011, 0.03), strict=True)
+    ]
+    its = ("architecture", "architecture_calibrated", "searched")
+    measured["steps"] += [cost("ddim", 64, 0.0, 3.0, *its), cost("ipndm", 64, 0.0, 6.0, *its)]
+    write_json(place / "reports/evaluate.json", quality)
+    write_json(place / "reports/measure.json", measured)
+    assert main(["choose", "--kid", "0.013"]) == 0  # 8 steps of 6 ms, not of the teacher's 27
+    assert "chosen: architecture_calibrated-8: ipndm, 8 evaluations" in capsys.readouterr().out
+    assert main(["choose", "--kid", "0.0125", "--ms-per-image", "100"]) == 0
+    assert "0.75 ms an image, 48 ms a batch" in capsys.readouterr().out
+    assert main(["choose", "--distance", "0.006"]) == 0
+    assert "chosen: ipndm-4: ipndm" in capsys.readouterr().out
+    found = ways(quality, read_json(place / "schedules/teacher/index.json"), measured)
+    assert {way.name: way.distance for way in found if way.name in added} == dict.fromkeys(added)
+    measured["steps"] = measured["steps"][:4]  # of a report that was made before: no cost, so no way
+    found = ways(quality, read_json(place / "schedules/teacher/index.json"), measured)
+    assert not {way.name for way in found} & set(added)

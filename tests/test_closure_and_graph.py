@@ -120,14 +120,50 @@ def test_a_search_is_in_the_graph_where_params_have_one(tmp_path: Path, monkeypa
         assert "models/searched" in stages[name]["deps"]
 
 
+def test_what_a_search_chose_is_calibrated_and_compared_where_params_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not where they have no such section, as they had none before it existed; nor without a search."""
+    before = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text(before, encoding="utf-8")
+    probe, section = "probe: {race: {sizes: [2, 1], steps: [1, 2], unguided: 2}}\n", "calibrate_searched: {nfe: [2]}\n"
+    for name, text in {"old": probe, "new": probe + section, "without": section}.items():
+        Path(f"{name}.yaml").write_text(f"distill: {{progressive: {{}}}}\n{text}", encoding="utf-8")
+
+    def written(name: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["graph", "--methods-of", f"{name}.yaml"])
+        assert graph.main() == 0
+        return Path("dvc.yaml").read_text(encoding="utf-8")
+
+    old, new = written("old"), written("new")
+    assert "calibrate_searched" not in old and "--architecture" not in old
+    assert (written("new"), written("old"), written("new")) == (new, old, new)
+    assert written("without") == before
+    written("new")
+    stages = graph.read_graph(Path("dvc.yaml"))["stages"]
+    calibrate = stages["calibrate_searched"]
+    assert "--section calibrate_searched --model models/architecture --dataset data/${dataset}" in calibrate["cmd"]
+    assert list(calibrate["outs"]) == ["schedules/architecture"] and "models/architecture" in calibrate["deps"]
+    assert list(calibrate["params"]) == ["seed", "calibrate_searched"]
+    compared = "--architecture models/architecture --architecture-schedules schedules/architecture --out reports"
+    for name in ("measure", "evaluate"):
+        assert stages[name]["cmd"].count(compared) == 1
+        assert stages[name]["deps"].count("models/architecture") == stages[name]["deps"].count("models/searched") == 1
+        assert stages[name]["deps"].count("schedules/architecture") == 1
+
+
 def test_a_stage_that_only_begins_like_one_of_the_search_stays() -> None:
     """And every name that a race of any size gives is the search's own: a smaller race leaves none behind."""
-    own, others = search_stages({"race": {"sizes": [4, 3, 2, 1], "steps": [1, 1, 1, 1], "unguided": 3}}), [
+    race = {"sizes": [4, 3, 2, 1], "steps": [1, 1, 1, 1], "unguided": 3}
+    own, others = search_stages({"race": race}, calibrated=True), [
         "probes_report", "probe_mine", "probe_1_again", "searching", "search_log", "weigh_in", "sensitivity_map",
+        "calibrate_searched_again",
     ]  # fmt: skip
+    assert {"probe_guided", "probe_3", "distill_searched", "calibrate_searched"} <= set(own)
     stage = {"cmd": "python -m ado_tasks profile --out reports/mine.json", "deps": []}
     stages = {"stages": {name: stage for name in (*others, *own)}}
-    set_search(stages, None)
+    set_search(stages, {})
     assert list(stages["stages"]) == others
 
 
@@ -171,18 +207,21 @@ def test_a_graph_that_is_none_is_named(
 
 def test_the_preset_of_the_search_is_the_small_one_but_for_what_it_searches() -> None:
     small, search = (read_params(ROOT / f"params{name}.yaml") for name in ("", ".search"))
-    added = {"probe", "weigh", "search", "sensitivity", "distill_searched"}
+    added = {"probe", "weigh", "search", "sensitivity", "distill_searched", "calibrate_searched"}
     assert set(search) - set(small) == added
     assert {name for name in small if small[name] != search[name]} == {"train"}
     assert search["distill_searched"] == small["distill"]["progressive"]
+    assert search["calibrate_searched"] == small["calibrate"]["teacher"]
 
 
 def test_the_search_for_shapes_takes_their_preset_as_it_is() -> None:
     """The same text up to the search's sections: a teacher that was stored is that of both."""
     shapes, search = ((ROOT / f"params.{name}.yaml").read_text(encoding="utf-8") for name in ("shapes32", "search32"))
     assert search.partition("\nseed:")[2].partition("\nprobe:")[0] == shapes.partition("\nseed:")[2]
-    added = {"probe", "weigh", "search", "sensitivity", "distill_searched"}
+    added = {"probe", "weigh", "search", "sensitivity", "distill_searched", "calibrate_searched"}
     assert set(read_params(ROOT / "params.search32.yaml")) - set(read_params(ROOT / "params.shapes32.yaml")) == added
+    both = read_params(ROOT / "params.search32.yaml")
+    assert both["calibrate_searched"] == both["calibrate"]["teacher"]
 
 
 def test_the_watched_versions_are_the_locked_ones() -> None:

@@ -101,6 +101,21 @@ def test_what_was_spent_is_said_beside_what_was_asked() -> None:
         assert "distillation:" not in said.replace("progressive distillation", "")
 
 
+def test_what_was_searched_for_is_said_below_the_table() -> None:
+    compute = {"training": 500_000, "distillation": {}, "calibration": {"reference": 5_000, "ddim-4": 20_000}}
+    both = compute | {"architecture_calibration": {"reference": 11_000, "ddim-4": 30_000, "ipndm-8": 25_000}}
+    found = {"is_teacher": False, "calibration": [{"better": True}, {"better": False}]}
+    said = "\n".join(compare.closing_lines({**quality(), "compute": both, "architecture": found}, {}, Path("r")))
+    assert "calibration: at most 4.0 % of the teacher's training for a schedule (ddim-4), and 1.0 % once" in said
+    assert "one of the teacher's: at most 6.0 % of the teacher's training for a schedule (ddim-4), and 2.2 %" in said
+    assert "searched network: nearer to its own fine solution than every usual grid in 1 of 2 cases" in said
+    assert "left the teacher as it is" not in said
+    said = "\n".join(compare.closing_lines({**quality(), "architecture": {"is_teacher": True}}, {}, Path("r")))
+    assert "the search left the teacher as it is" in said and "shown once" in said
+    said = "\n".join(compare.closing_lines({**quality(), "compute": compute}, {}, Path("r")))
+    assert "searched" not in said and "architecture" not in said
+
+
 def test_reports_that_are_missing_say_what_makes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--reports", str(tmp_path / "none")]) == 4
     assert "none/evaluate.json: not there; `dvc repro` makes it" in capsys.readouterr().err

@@ -78,5 +78,13 @@ def test_what_everything_cost_is_told_as_far_as_it_is_known(tmp_path: Path) -> N
         "training": 150, "distillation": {"new": None, "progressive": 2 * 3 * 2 * (2 + 3)},
         "calibration": {"reference": 7, "ddim-4": 9},
     }  # fmt: skip
+    searched = SimpleNamespace(record={"history": [trained, {"task": "search", "chosen": "6"}]})
+    both: list[Any] = [
+        SimpleNamespace(family=name, model=searched) for name in ("architecture", "architecture_calibrated")
+    ]
+    write_json(tmp_path / "its/index.json", {"cost": {"reference": 5, "ddim-4": 3}})
+    assert _compute(teacher, [*everything, *both], tmp_path, tmp_path / "its") == {
+        **_compute(teacher, everything, tmp_path), "architecture_calibration": {"reference": 5, "ddim-4": 3},
+    }  # fmt: skip
     foreign: Any = SimpleNamespace(record={})
     assert _compute(foreign, [], tmp_path / "none") == {"training": None, "distillation": {}, "calibration": None}

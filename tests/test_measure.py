@@ -40,6 +40,9 @@ def place(tmp_path: Path) -> Path:
     network(tmp_path / "teacher")
     network(tmp_path / "progressive/2")
     network(tmp_path / "searched/1", block_out_channels=[6])
+    network(tmp_path / "architecture", block_out_channels=[6])
+    entry = {"solver": "ipndm", "nfe": 2, "times": [1.0, 0.5, 0.0], "distance": 0.1}
+    write_json(tmp_path / "its_schedules/ipndm-2.json", entry)
     for solver in ("ddim", "ipndm", "angle_ab2"):
         entry = {"solver": solver, "nfe": 2, "times": [1.0, 0.4, 0.0], "distance": 0.1}
         write_json(tmp_path / f"schedules/{solver}-2.json", entry)
@@ -47,11 +50,11 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(place: Path, **settings: Any) -> dict[str, Any]:
+def run(place: Path, given: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
     measure(
         MeasureConfig(batch_size=2, rounds=3, **settings), teacher=place / "teacher",
         students=(place / "progressive", place / "searched"), schedules=place / "schedules",
-        profile=place / "profile.json", out=place / "measure.json", seed=0,
+        profile=place / "profile.json", out=place / "measure.json", seed=0, **(given or {}),
     )  # fmt: skip
     return read_json(place / "measure.json")
 
@@ -93,3 +96,18 @@ def test_nothing_is_timed_by_the_step_unless_asked(place: Path) -> None:
     assert [row["name"] for row in found["variants"][-3:]] == ["progressive-2", "searched-1", "calibrated-2"]
     with pytest.raises(ConfigError, match=r"measure\.step_batches"):
         parse(MeasureConfig, {"step_batches": [0]}, "measure")
+
+
+def test_what_was_searched_for_is_timed_where_it_is_given(place: Path) -> None:
+    """As its students are, whose network is the same; and not where it is the teacher."""
+    before = [row["name"] for row in run(place)["variants"]]
+    given = {"architecture": place / "architecture", "architecture_schedules": place / "its_schedules"}
+    found = run(place, given, step_batches=(1,))
+    added = ["architecture-50", "architecture_calibrated-2"]
+    assert [row["name"] for row in found["variants"]] == [*before, *added]
+    steps = {(tuple(row["families"]), row["solver"]) for row in found["steps"]}
+    narrow = ("architecture", "architecture_calibrated", "searched")
+    assert {solver for families, solver in steps if families == narrow} == {"ddim", "ipndm"}
+    assert {families for families, _ in steps} == {narrow, ("calibrated", "progressive", "teacher")}
+    same = run(place, {**given, "architecture": place / "teacher"})
+    assert [row["name"] for row in same["variants"]] == before

@@ -11,11 +11,16 @@ from matplotlib.figure import Figure
 from ado_tasks.optimise.stages import stages_of, stopping_point
 from ado_tasks.pictures import plain_axes, save_figure
 
-COLOURS = {"teacher": "#8a8f98", "calibrated": "#3274b5", "progressive": "#c8452f", "consistency": "#7a4fb0"}
+COLOURS = {
+    "teacher": "#8a8f98", "calibrated": "#3274b5", "progressive": "#c8452f", "consistency": "#7a4fb0",
+    "architecture": "#3b3f46", "architecture_calibrated": "#1d9a94", "searched": "#e0922f",
+}  # fmt: skip
 LABELS = {
     "teacher": "teacher, plain DDIM", "calibrated": "teacher, learned steps", "progressive": "distilled",
-    "consistency": "tuned to consistency",
+    "consistency": "tuned to consistency", "architecture": "searched network, plain DDIM",
+    "architecture_calibrated": "searched network, learned steps", "searched": "searched network, distilled",
 }  # fmt: skip
+MARKERS = {"architecture": "s", "architecture_calibrated": "s", "searched": "s"}  # of the network that a search chose
 
 SOLVER_COLOURS = {"ddim": "#8a8f98", "ipndm": "#3274b5", "dpmpp_2m": "#c8452f", "angle_ab2": "#3a9d5d"}
 
@@ -32,8 +37,8 @@ def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float
             [value["ci"][1] - value["value"] for value in values],
         ]
         axes.errorbar(
-            [row["nfe"] for row in rows], middle, yerr=errors, marker="o", markersize=5, capsize=3, linewidth=1.2,
-            color=COLOURS.get(family), label=LABELS.get(family, family),
+            [row["nfe"] for row in rows], middle, yerr=errors, marker=MARKERS.get(family, "o"), markersize=5, capsize=3,
+            linewidth=1.2, color=COLOURS.get(family), label=LABELS.get(family, family),
         )  # fmt: skip
     axes.axhspan(-margin, margin, color="#3a9d5d", alpha=0.15, linewidth=0, label="margin of non-inferiority")
     axes.set_yscale("symlog", linthresh=max(margin, 1e-6) * 2)
@@ -48,8 +53,8 @@ def save_paired(path: Path, entries: Sequence[Mapping[str, Any]], calibration: S
     left = plain_axes(figure, (1, 2, 1))
     for family, rows in _families(entries).items():
         left.plot(
-            [row["nfe"] for row in rows], [row["paired_distance"] for row in rows], marker="o", markersize=5,
-            linewidth=1.2, color=COLOURS.get(family), label=LABELS.get(family, family),
+            [row["nfe"] for row in rows], [row["paired_distance"] for row in rows], marker=MARKERS.get(family, "o"),
+            markersize=5, linewidth=1.2, color=COLOURS.get(family), label=LABELS.get(family, family),
         )  # fmt: skip
     left.set_title("every variant", fontsize=9)
     axes = plain_axes(figure, (1, 2, 2))

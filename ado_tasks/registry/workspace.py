@@ -11,7 +11,7 @@ from ado_tasks.errors import ArtifactError, ConfigError
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.interop.package import Package
 from ado_tasks.storage import read_json
-from ado_tasks.variants import Variant, calibrated_variants, student_variant, teacher_variants
+from ado_tasks.variants import ARCHITECTURE, CALIBRATED, Variant, calibrated_variants, student_variant, teacher_variants
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ class Workspace:
 
     def _variant(self, name: str, family: str, steps: int) -> Variant:
         models = self.root / "models"
-        if family == "teacher":
-            return teacher_variants(read_model(models / family), (steps,))[0]
-        if family == "calibrated":
-            learned = calibrated_variants(read_model(models / "teacher"), self.root / "schedules" / "teacher")
+        if family in {"teacher", ARCHITECTURE}:
+            return teacher_variants(read_model(models / family), (steps,), family)[0]
+        if family in CALIBRATED:
+            frozen = CALIBRATED[family]
+            learned = calibrated_variants(read_model(models / frozen), self.root / "schedules" / frozen, family)
             found = next((variant for variant in learned if variant.name == name), None)
             if found is None:
                 raise ArtifactError(f"variant {name!r}: no such schedule; there: {', '.join(v.name for v in learned)}")

@@ -7,6 +7,7 @@ import pytest
 
 from ado_tasks.architecture.cost import multiply_adds, probe_multiply_adds
 from ado_tasks.architecture.space import Space
+from ado_tasks.calibrate import CalibrateConfig
 from ado_tasks.config import as_plain, parse, read_params
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.cost import GRADIENT
@@ -37,7 +38,7 @@ def counted(name: str) -> tuple[dict[str, Any], ProbeConfig, int, list[int]]:
 def test_sections_of_the_search_parse(name: str) -> None:
     params = read_params(ROOT / f"params.{name}.yaml")
     kinds = {"weigh": WeighConfig, "search": SearchConfig, "sensitivity": SensitivityConfig,
-             "distill_searched": DistillConfig}  # fmt: skip
+             "distill_searched": DistillConfig, "calibrate_searched": CalibrateConfig}  # fmt: skip
     for section, kind in kinds.items():
         parse(kind, params[section], section)
 

@@ -65,6 +65,7 @@ weigh: {batch_size: 2, rounds: 3, evaluations: 1, shards: 1}
 search: {policy: {max_quality_loss: 100.0}}
 sensitivity: {images: 16, batch_size: 2, rounds: 3}
 distill_searched: {teacher_steps: 2, student_steps: [1], stage_steps: 10, batch_size: 16, checkpoint_every: 5}
+calibrate_searched: {nfe: [2], solvers: [ddim], samples: 8, validation_samples: 8, points: 12, max_solves: 3}
 """)
 # What differs between runs of what is measured.
 TIMED = {"latency_ms_per_image", "images_per_s", "peak_memory_mb", "speedup_vs_teacher"}
@@ -105,7 +106,7 @@ def stages() -> dict[str, Stage]:
     """Every stage of dvc.yaml, each behind what it reads, as "train" or "distill@progressive"."""
     found, whole = {}, graph.read_graph(ROOT / "dvc.yaml")
     graph.set_methods(whole, list(PARAMS["distill"]))
-    graph.set_search(whole, PARAMS["probe"])
+    graph.set_search(whole, PARAMS)
     graph.renew_code_deps(whole)
     for name, stage in whole["stages"].items():
         ((variable, items),) = stage.get("matrix", {"": [""]}).items()

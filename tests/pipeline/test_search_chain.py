@@ -15,13 +15,13 @@ from ado_tasks.storage import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDENTS = {"teacher_steps": 4, "student_steps": [2, 1], "stage_steps": 4, "learning_rate": 1e-3, "batch_size": 8}
+SCHEDULES = {"nfe": [2], "solvers": ["angle_ab2"], "samples": 8, "validation_samples": 8, "points": 12, "max_solves": 3}
 SMALL: dict[str, Any] = {  # over the preset's own keys; the space and the model stay as they are
     "features": {"dimensions": 8, "filters": 4, "steps": 20, "batch": 16},
     "train": {"steps": 40, "batch_size": 16, "warmup_steps": 5, "ema_decay": 0.9},
     "anchor": {"n_generated": 200, "steps": 6, "coarse_steps": 1},
     "distill": {"progressive": STUDENTS},
-    "calibrate": {"teacher": {"nfe": [2], "solvers": ["ddim"], "samples": 8, "validation_samples": 8, "points": 12,
-                              "max_solves": 3}},
+    "calibrate": {"teacher": SCHEDULES},
     "measure": {"step_batches": [1], "batch_size": 2, "rounds": 3},
     "evaluate": {"n_generated": 200, "n_paired": 30, "draws": 50, "batch_size": 50},
     "probe": {"race": {"sizes": [4, 2, 1], "unguided": 3, "steps": [2, 2, 2]}, "importance_batches": 2,
@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {  # over the preset's own keys; the space and the model
     "search": {"policy": {"max_quality_loss": 100.0}},
     "sensitivity": {"images": 16, "batch_size": 8, "rounds": 3},
     "distill_searched": STUDENTS,
+    "calibrate_searched": SCHEDULES,
 }  # fmt: skip
 
 
@@ -80,9 +81,16 @@ def test_the_preset_runs_whole_and_is_kept(workspace: Path) -> None:
     assert said["cost"]["share_of_training"] > 0
     chosen, student = (read_model(workspace / "models" / name).unet.config for name in ("architecture", "searched/1"))
     assert student == chosen
-    measured = {each["name"] for each in read_json(workspace / "reports/evaluate.json", "variants")["variants"]}
-    assert {"teacher-50", "progressive-1", "searched-2", "searched-1"} <= measured
-    assert "searched-1" in run(workspace, "ado_tasks", "compare")
+    found = read_json(workspace / "reports/evaluate.json", "variants", "architecture")
+    whole = {"teacher-50", "progressive-1", "calibrated-2", "searched-2", "searched-1"}
+    assert found["architecture"]["is_teacher"] == (said["chosen"] == "teacher")
+    if said["chosen"] != "teacher":
+        whole |= {"architecture-50", "architecture_calibrated-2"}
+    for report in ("evaluate", "measure"):
+        variants = read_json(workspace / f"reports/{report}.json", "variants")["variants"]
+        assert whole <= {each["name"] for each in variants}
+    shown = run(workspace, "ado_tasks", "compare")
+    assert all(name in shown for name in whole)
     # A second time only what always runs, which finds the same machine.
     second = run(workspace, "dvc", "repro")
     assert [line for line in second.splitlines() if line.startswith("Running stage")] == ["Running stage 'profile':"]
