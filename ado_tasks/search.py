@@ -129,8 +129,8 @@ def _origin(target: Mapping[str, Any]) -> str:
     """Where the latencies come from, and how sure they are."""
     error = target["relative_error"]
     return (
-        f"predicted for {target['chip']}, ± {error['median']:.0%} at the median and {error['worst']:.0%} at worst of "
-        f"{error['left_out']} networks left out, on the machine that was measured; not measured on {target['chip']}"
+        f"predicted for {target['chip']}, ± {error['median']:.0%} on the machine that was measured (median of "
+        f"{error['left_out']} networks left out; worst {error['worst']:.0%}); not measured on {target['chip']}"
     )
 
 
@@ -216,4 +216,5 @@ def _cost_label(target: Mapping[str, Any] | None) -> str:
     label = "one evaluation, ms an image"
     if target is None:
         return label
-    return f"{label}: predicted for {target['chip']} (± {target['relative_error']['median']:.0%}), not measured there"
+    error = target["relative_error"]["median"]
+    return f"{label}: predicted for {target['chip']} (± {error:.0%} here), not measured there"

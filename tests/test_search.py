@@ -236,7 +236,7 @@ def test_with_a_target_what_is_predicted_for_it_is_chosen_by(tmp_path: Path, mon
     got = search(SearchConfig(Policy(max_quality_loss=1.0)), **given)
     assert (got.chosen, got.speedup) == ("1", pytest.approx(2.0))
     said = read_json(tmp_path / "out" / "search.json", "latency", "reason", "probes")
-    marked = "predicted for Sums, ± 5% at the median and 20% at worst of 9 networks left out"
+    marked = "predicted for Sums, ± 5% on the machine that was measured (median of 9 networks left out; worst 20%)"
     for text in (
         said["latency"],
         said["reason"],
@@ -245,7 +245,7 @@ def test_with_a_target_what_is_predicted_for_it_is_chosen_by(tmp_path: Path, mon
     ):
         assert marked in text and "not measured on Sums" in text
     assert "peak memory at most 100 MB" in said["reason"]
-    assert labels == ["one evaluation, ms an image: predicted for Sums (± 5%), not measured there"]
+    assert labels == ["one evaluation, ms an image: predicted for Sums (± 5% here), not measured there"]
     one = next(each for each in said["probes"] if each["name"] == "1")
     assert one["latency_ms_per_image"]["median"] == 0.4 and one["predicted"]["latency_ms_per_image"] == 0.03
     tight = Policy(max_quality_loss=1.0, max_peak_memory_mb=8.0)
