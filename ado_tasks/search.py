@@ -1,7 +1,7 @@
 """Task `search`: the Pareto front of the probes, and the one that the written policy chooses."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class SearchResult:
     chosen: str  # number of its lane, or "teacher" where no probe is within the limits and faster
     quality_loss: float  # see Lesson.quality_loss
     speedup: float  # of one evaluation, over the teacher's
+    latency: str = "measured"  # or for which chip it was predicted, and how surely
 
 
 def search(
@@ -43,6 +44,8 @@ def search(
     report: Reporter = SILENT,
 ) -> SearchResult:  # fmt: skip
     """Choose among the probes of the highest rung. Nothing is trained or timed here.
+
+    Where `weigh` was given a target, costs are those predicted for it, and all that is written says so.
 
     `out/` is the chosen network as a Diffusers folder, with search.json (every probe's figures, the front, the policy,
     its reason, and what the probes took) and search.png. Where nothing is within the policy's limits it is the teacher,
@@ -58,44 +61,77 @@ def search(
 
     Raises:
         ConfigError: two probes of one name, or a limit on memory that nothing was measured for.
-        ArtifactError: a probe is damaged, or was not weighed.
+        ArtifactError: a probe is damaged, or was not weighed; a target, and nothing predicted for a network.
     """
     said = {folder.name: read_probe(folder) for folder in probes}
     if len(said) < len(probes):
         raise ConfigError(f"probes: {', '.join(map(str, probes))}: two of one name; allowed: different ones")
-    weighed = read_json(measured, "networks")["networks"]
+    told = read_json(measured, "networks")
+    weighed, target = told["networks"], told.get("target")
     absent = sorted(name for name in (TEACHER, *said) if name not in weighed)
     if absent:
         raise ArtifactError(f"{measured}: probe {absent[0]} was not weighed; it has {', '.join(sorted(weighed))}")
-    _check_memory(config.policy, measured, weighed)
-    everyone = {name: _measured(name, each["quality_loss"], weighed[name]) for name, each in said.items()}
-    everyone[TEACHER] = _measured(TEACHER, 0.0, weighed[TEACHER])
+    counted = weighed if target is None else _predicted(measured, target, weighed)
+    _check_memory(config.policy, measured, counted)
+    policy = config.policy if target is None else _within_memory(config.policy, target)
+    everyone = {name: _measured(name, each["quality_loss"], counted[name]) for name, each in said.items()}
+    everyone[TEACHER] = _measured(TEACHER, 0.0, counted[TEACHER])
     top = max(each["rung"] for each in said.values())
     last = [everyone[name] for name, each in said.items() if each["rung"] == top] + [everyone[TEACHER]]
-    chosen = choose(last, config.policy) or everyone[TEACHER]
+    chosen = choose(last, policy) or everyone[TEACHER]
     front = pareto_front(last)
     folder = teacher if chosen.name == TEACHER else next(each for each in probes if each.name == chosen.name)
-    speedup = weighed[chosen.name]["speedup_vs_teacher"]["median"]
-    reason = _reason(chosen, last, config.policy, speedup)
+    speedup = counted[chosen.name]["speedup_vs_teacher"]["median"]
+    origin = {} if target is None else {"latency": _origin(target)}
+    reason = "; latency ".join([_reason(chosen, last, policy, speedup), *origin.values()])
     cost = _cost(read_model(teacher), [read_model(each) for each in probes], list(said.values()))
     with atomic_folder(out) as made:
         stored = read_model(folder)
-        event = {"task": "search", "chosen": chosen.name, "policy": as_plain(config.policy)}
+        event = {"task": "search", "chosen": chosen.name, "policy": as_plain(config.policy), **origin}
         write_model(made, stored.unet, stored.scheduler_config, extended(stored.record, event))
         plain = {
-            "chosen": chosen.name, "reason": reason, "policy": as_plain(config.policy),
+            "chosen": chosen.name, "reason": reason, **origin, "policy": as_plain(config.policy),
             "front": [each.name for each in front],
             "cost": cost,
             "probes": [_entry(each, said.get(each.name), weighed[each.name]) for each in everyone.values()],
         }  # fmt: skip
         write_json(made / FIGURES, plain)
-        _save_picture(made / PICTURE, everyone, said, top, front, chosen, config.policy)
+        _save_picture(made / PICTURE, everyone, said, top, front, chosen, config.policy, target)
     report.metric("quality_loss", chosen.quality_loss)
-    report.metric("speedup", speedup)
+    report.metric("speedup" if target is None else "predicted_speedup", speedup)
     if cost["share_of_training"] is not None:
         report.metric("share_of_training", cost["share_of_training"])
     report.picture("search", out / PICTURE)
-    return SearchResult(chosen.name, chosen.quality_loss, speedup)
+    return SearchResult(chosen.name, chosen.quality_loss, speedup, origin.get("latency", "measured"))
+
+
+def _predicted(measured: Path, target: Mapping[str, Any], weighed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is predicted for the target, shaped as what is measured is. Raises ArtifactError where it is not there."""
+    absent = [f"target.{key}" for key in ("chip", "relative_error", "memory_budget_mb") if key not in target]
+    absent += [f"networks.{name}.predicted" for name, each in weighed.items() if "predicted" not in each]
+    if absent:
+        raise ArtifactError(f"{measured}: a target, and no {absent[0]}; allowed: what `weigh` writes")
+    spread = ("latency_ms_per_image", "speedup_vs_teacher")
+    return {
+        name: {"peak_memory_mb": each["predicted"]["peak_memory_mb"]}
+        | {key: {"median": each["predicted"][key]} for key in spread}
+        for name, each in weighed.items()
+    }
+
+
+def _within_memory(policy: Policy, target: Mapping[str, Any]) -> Policy:
+    """The policy, with what the target's memory leaves as a limit too."""
+    limits = [policy.max_peak_memory_mb, target["memory_budget_mb"]]
+    return replace(policy, max_peak_memory_mb=min(limit for limit in limits if limit is not None))
+
+
+def _origin(target: Mapping[str, Any]) -> str:
+    """Where the latencies come from, and how sure they are."""
+    error = target["relative_error"]
+    return (
+        f"predicted for {target['chip']}, ± {error['median']:.0%} on the machine that was measured (median of "
+        f"{error['left_out']} networks left out; worst {error['worst']:.0%}); not measured on {target['chip']}"
+    )
 
 
 def _check_memory(policy: Policy, measured: Path, weighed: Mapping[str, Any]) -> None:
@@ -147,7 +183,7 @@ def _entry(each: Measured, said: Mapping[str, Any] | None, weighed: Mapping[str,
 
 def _save_picture(
     path: Path, everyone: Mapping[str, Measured], said: Mapping[str, Any], top: int, front: Sequence[Measured],
-    chosen: Measured, policy: Policy,
+    chosen: Measured, policy: Policy, target: Mapping[str, Any] | None,
 ) -> None:  # fmt: skip
     figure = Figure((7.5, 4.5))
     axes = plain_axes(figure)
@@ -170,7 +206,15 @@ def _save_picture(
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylim(0, 2 * max(policy.max_quality_loss, *(each.quality_loss for each in everyone.values())))
     axes.set_xlim(left=0)
-    axes.set_xlabel("one evaluation, ms an image")
+    axes.set_xlabel(_cost_label(target))
     axes.set_ylabel("quality loss (the teacher: 0)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(path, figure)
+
+
+def _cost_label(target: Mapping[str, Any] | None) -> str:
+    label = "one evaluation, ms an image"
+    if target is None:
+        return label
+    error = target["relative_error"]["median"]
+    return f"{label}: predicted for {target['chip']} (± {error:.0%} here), not measured there"

@@ -6,12 +6,17 @@ from typing import Any
 import pytest
 
 from ado_tasks import rng
+from ado_tasks import search as search_task
+from ado_tasks import weigh as weighing
 from ado_tasks.architecture.choice import Policy
 from ado_tasks.architecture.cost import multiply_adds
 from ado_tasks.config import as_plain, parse
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.distill import distill
 from ado_tasks.errors import ArtifactError, ConfigError
+from ado_tasks.fit.work import unet_work
+from ado_tasks.hardware import capability
+from ado_tasks.hardware.capability import Capability
 from ado_tasks.interop.diffusers_folder import read_model, write_model
 from ado_tasks.models.initialise import initialise
 from ado_tasks.models.quantised import bits_of
@@ -20,6 +25,7 @@ from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.probe import ProbeConfig, probe, read_probe
+from ado_tasks.profile import ProfileConfig, profile
 from ado_tasks.search import SearchConfig, search
 from ado_tasks.sensitivity import blocks_of, without
 from ado_tasks.storage import read_json, write_json
@@ -33,10 +39,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def network(width: int = 8, time: int = 8) -> UNet2D:
+def network(width: int = 8, time: int = 8, layers: int = 1) -> UNet2D:
     config = UNet2DConfig(
         sample_size=8, in_channels=1, out_channels=1, num_class_embeds=10, block_out_channels=(width,),
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=layers, norm_num_groups=4,
         add_attention=False, time_embedding_dim=time,
     )  # fmt: skip
     unet = UNet2D(config)
@@ -197,6 +203,117 @@ def test_networks_to_weigh_have_different_names(tmp_path: Path) -> None:
             weigh(
                 WeighConfig(), teacher=tmp_path / "t", probes=probes, profile=tmp_path / "p", out=tmp_path / "w", seed=0
             )
+
+
+TARGET = {"chip": "Sums", "relative_error": {"median": 0.05, "worst": 0.2, "left_out": 9}, "memory_budget_mb": 100.0}
+
+
+def aimed(folder: Path, predicted: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """The same file with a target and, for it, each network's latency and peak memory."""
+    given = fabricated(folder, FIGURES)
+    networks = read_json(folder / "probes.json", "networks")["networks"]
+    for name, (latency, memory) in predicted.items():
+        networks[name]["predicted"] = {
+            "predicted": True, "latency_ms_per_image": latency, "speedup_vs_teacher": predicted["teacher"][0] / latency,
+            "peak_memory_mb": memory, "share_of_layers": 0.5,
+        }  # fmt: skip
+    write_json(folder / "probes.json", {"networks": networks, "target": TARGET})
+    return given
+
+
+ELSEWHERE = {"teacher": (0.06, 9.0), "0": (0.05, 9.0), "1": (0.03, 9.0), "2": (0.04, 9.0), "3": (0.01, 200.0)}
+
+
+def test_with_a_target_what_is_predicted_for_it_is_chosen_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here 1 is the quickest; there 3 would be, but for the memory, and 2 is slower. All that is said is marked."""
+    labels: list[str] = []
+    keep = search_task.save_figure
+    monkeypatch.setattr(
+        search_task, "save_figure",
+        lambda path, figure: labels.append(figure.axes[0].get_xlabel()) or keep(path, figure),
+    )  # fmt: skip
+    given = aimed(tmp_path, ELSEWHERE)
+    got = search(SearchConfig(Policy(max_quality_loss=1.0)), **given)
+    assert (got.chosen, got.speedup) == ("1", pytest.approx(2.0))
+    said = read_json(tmp_path / "out" / "search.json", "latency", "reason", "probes")
+    marked = "predicted for Sums, ± 5% on the machine that was measured (median of 9 networks left out; worst 20%)"
+    for text in (
+        said["latency"],
+        said["reason"],
+        got.latency,
+        read_model(tmp_path / "out").record["history"][-1]["latency"],
+    ):
+        assert marked in text and "not measured on Sums" in text
+    assert "peak memory at most 100 MB" in said["reason"]
+    assert labels == ["one evaluation, ms an image: predicted for Sums (± 5% here), not measured there"]
+    one = next(each for each in said["probes"] if each["name"] == "1")
+    assert one["latency_ms_per_image"]["median"] == 0.4 and one["predicted"]["latency_ms_per_image"] == 0.03
+    tight = Policy(max_quality_loss=1.0, max_peak_memory_mb=8.0)
+    assert search(SearchConfig(tight), **given).chosen == "teacher", "the policy's own limit, on predicted memory"
+
+
+def test_a_target_without_predictions_is_damage(tmp_path: Path) -> None:
+    given = aimed(tmp_path, {"teacher": (1.0, 9.0)})
+    with pytest.raises(ArtifactError, match=r"a target, and no networks\.0\.predicted; allowed: what `weigh` writes"):
+        search(SearchConfig(), **given)
+
+
+def test_weighing_for_a_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose times are twice its roof. Two chips, one strong in sums, one in bytes, want different probes."""
+    chips = {"Sums": {"fp32_tflops": 1e3, "bandwidth_gb_s": 1, "memory_gb": [16]},
+             "Bytes": {"fp32_tflops": 1e-3, "bandwidth_gb_s": 1e6, "memory_gb": [16]}}  # fmt: skip
+    write_json(tmp_path / "chips.json", {"chips": chips})
+    monkeypatch.setattr(capability, "CHIPS", tmp_path / "chips.json")
+    here = Capability("here", "cpu", 16, True, {"float32": 80.0}, 10.0, id="a" * 16)
+    # Wide and shallow, narrow and deep: the first has more sums, the second more bytes.
+    sizes = {"teacher": (16, 3), "0": (16, 1), "1": (8, 4), "2": (12, 2), "3": (12, 1), "4": (20, 1), "5": (20, 2),
+             "6": (16, 2), "7": (12, 3)}  # fmt: skip
+    unets = {name: network(width, layers=layers) for name, (width, layers) in sizes.items()}
+    seconds = {  # of two evaluations
+        name: [2 * 2 * sum(max(op.flops / 80e9, 4 * op.elements / 10e9) for op in unet_work(unet.config, 4))] * 3
+        for name, unet in unets.items()
+    }
+    monkeypatch.setattr(weighing, "measure_capability", lambda report: here)
+    monkeypatch.setattr(weighing, "interleaved", lambda actions, rounds, on_round: {n: seconds[n] for n in actions})
+    monkeypatch.setattr(weighing, "_peak_memory_mb", lambda action: None)
+    profile(ProfileConfig(), out=tmp_path / "profile.json")
+    event = {"task": "probe", "config": as_plain(parse(ProbeConfig, SETTINGS, "probe"))}
+    plain = {"point": [0], "rung": 0, "multiply_adds": 1, "parameters": 1, "kept": {}}
+    for name, unet in unets.items():
+        write_model(tmp_path / name, unet, Cosine().to_diffusers("v_prediction"), {"history": [event]})
+        write_json(tmp_path / name / "probe.json", {**plain, "quality_loss": 0.1 if name in "01" else 1.0})
+    probes = tuple(tmp_path / name for name in sizes if name != "teacher")
+
+    def chosen(target: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+        told = {"batch_size": 4, "rounds": 3, "evaluations": 2, **({"target": target} if target else {})}
+        out = tmp_path / "probes.json"
+        weigh(parse(WeighConfig, told, "weigh"), teacher=tmp_path / "teacher", probes=probes, out=out, seed=0,
+              profile=tmp_path / "profile.json")  # fmt: skip
+        got = search(SearchConfig(Policy(max_quality_loss=0.2)), teacher=tmp_path / "teacher", probes=probes,
+                     measured=out, out=tmp_path / "out")  # fmt: skip
+        return got.chosen, read_json(out, "networks")
+
+    for_sums, for_bytes, for_here = chosen({"chip": "Sums"}), chosen({"chip": "Bytes", "memory_gib": 16}), chosen(None)
+    assert (for_sums[0], for_bytes[0]) == ("0", "1")
+    for (_, said), chip in ((for_sums, "Sums"), (for_bytes, "Bytes")):
+        assert said["target"]["chip"] == chip and said["target"]["predicted"] is True
+        assert said["target"]["relative_error"]["worst"] < 1e-6 and said["target"]["relative_error"]["left_out"] == 9
+        for name, each in said["networks"].items():
+            work = unet_work(unets[name].config, 4)
+            gflops, gb_s = 1e3 * chips[chip]["fp32_tflops"], chips[chip]["bandwidth_gb_s"]
+            roof = sum(max(op.flops / gflops, 4 * op.elements / gb_s) for op in work) / 1e9
+            assert each["predicted"]["latency_ms_per_image"] == pytest.approx(1e3 * 2 * roof / 4, rel=1e-6)
+            assert each["latency_ms_per_image"]["median"] == pytest.approx(1e3 * seconds[name][0] / 2 / 4)
+    measured = {"latency_ms_per_image", "speedup_vs_teacher", "peak_memory_mb"}
+    assert for_here[1].keys() == {"hardware", "batch", "networks"}
+    assert all(each.keys() == measured for each in for_here[1]["networks"].values())
+
+
+def test_a_chip_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"weigh\.target: chip 'Apple M9': not known; allowed: Apple M1, "):
+        parse(WeighConfig, {"target": {"chip": "Apple M9"}}, "weigh")
+    with pytest.raises(ConfigError, match=r"weigh\.target\.chip: a value is required"):
+        parse(WeighConfig, {"target": {"memory_gib": 16}}, "weigh")
 
 
 def test_a_block_left_out_passes_on_what_it_gets() -> None:

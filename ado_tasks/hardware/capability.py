@@ -14,6 +14,7 @@ Device = Literal["cpu", "metal", "cuda"]
 Precision = Literal["float32", "float16", "bfloat16"]
 DEVICES: tuple[Device, ...] = ("cpu", "metal", "cuda")
 CHIPS = Path(__file__).parent / "apple_chips.json"
+NEEDED = ("fp32_tflops", "bandwidth_gb_s", "memory_gb")  # of a published chip, to predict from
 RECORDED = Path(__file__).parent / "recorded"
 GIB = 2**30
 C = TypeVar("C")
@@ -87,12 +88,16 @@ def apple_chip(name: str, memory_gb: int | None = None) -> Capability:
     (philipturner/metal-benchmarks, "Operations per Second"). The accelerators for matrices in M5 are left out.
 
     Raises:
-        HardwareError: no such chip, or it was never sold with so much memory.
+        HardwareError: no such chip, it was never sold with so much memory, or a figure of it is not known.
     """
     chips = apple_chips()
     if name not in chips:
         raise HardwareError(f"chip {name!r}: not known; allowed: {', '.join(chips)}")
     chip = chips[name]
+    absent = [figure for figure in NEEDED if not chip.get(figure)]
+    if absent:
+        whole = [each for each, known in chips.items() if all(known.get(figure) for figure in NEEDED)]
+        raise HardwareError(f"chip {name}: no {', '.join(absent)} in {CHIPS.name}; allowed: {', '.join(whole)}")
     memory = memory_gb or chip["memory_gb"][0]
     if memory not in chip["memory_gb"]:
         raise HardwareError(f"chip {name}: {memory} GB; allowed: {', '.join(map(str, chip['memory_gb']))}")
