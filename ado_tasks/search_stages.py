@@ -66,8 +66,8 @@ def search_stages(probe: Mapping[str, Any], *, calibrated: bool = False) -> dict
     )  # fmt: skip
     stages["distill_searched"] = _stage(
         "students of the chosen architecture that need fewer steps, taught by the teacher",
-        f"distill --section distill_searched --teacher models/teacher --start {ARCHITECTURE} --dataset data/${{dataset}}"
-        f" --out {SEARCHED}",
+        f"distill --section distill_searched --teacher models/teacher --start {ARCHITECTURE}"
+        f" --dataset data/${{dataset}} --out {SEARCHED}",
         ["data/${dataset}", "models/teacher", ARCHITECTURE], ["seed", "distill_searched"], [SEARCHED],
     )  # fmt: skip
     if calibrated:
