@@ -267,13 +267,16 @@ def _choose(
     config: EvaluateConfig, samplers: _Samplers, variants: list[Variant], data: Any, extractor: Any, anchor: Path,
     limit: float, seed: int,
 ) -> tuple[str, list[dict[str, Any]]]:  # fmt: skip
-    """The first variant, cheapest first, that is non-inferior on the selection part and its noise; else the teacher."""
+    """The first variant, cheapest first, that is non-inferior on the selection part and its noise; else the teacher.
+
+    Cheaper are fewer evaluations; of equal numbers, those of the network with fewer parameters.
+    """
     part = data.split("selection")
     real = extractor.whitened(extractor.features(part.batch(np.arange(len(part)))))
     teacher = np.array(load_arrays(anchor / "teacher.safetensors")["features"])
     start = draw(seed, SELECTION, len(teacher), part)
     chosen, reasons = None, []
-    for variant in sorted((v for v in variants if v.family != "teacher"), key=lambda v: v.nfe):
+    for variant in sorted((v for v in variants if v.family != "teacher"), key=lambda v: (v.nfe, v.parameters)):
         found = extractor.whitened(extractor.features(samplers(variant, start)))
         interval = kid_difference(found, teacher, real, groups=part.groups)
         passed = non_inferior(interval, limit)

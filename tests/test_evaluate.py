@@ -33,26 +33,37 @@ class Part:
 
 
 def variants() -> list[Any]:
-    rows = [SimpleNamespace(name=name, family=name.partition("-")[0], nfe=int(name[-1])) for name in FAR]
-    return [SimpleNamespace(name="teacher-50", family="teacher", nfe=50), *rows]
+    rows = [SimpleNamespace(name=name, family=name.partition("-")[0], nfe=int(name[-1]), parameters=9) for name in FAR]
+    return [SimpleNamespace(name="teacher-50", family="teacher", nfe=50, parameters=9), *rows]
+
+
+def chosen_of(tmp_path: Path, among: list[Any], far: dict[str, float], judge_all: bool = False) -> Any:
+    """What is chosen and why, and which were looked at in which order."""
+    save_arrays(tmp_path / "teacher.safetensors", {"features": mx.array(TEACHER)})
+    seen = []
+
+    def sampled(variant: Any, start: Any) -> np.ndarray:
+        seen.append(variant.name)
+        return TEACHER[: len(start)] + far[variant.name]
+
+    features: Any = SimpleNamespace(features=lambda images: images, whitened=lambda found: found)
+    data = SimpleNamespace(split=lambda name: {"selection": Part()}[name])  # no other part is asked for
+    config, how = EvaluateConfig(judge_all=judge_all), (data, features, tmp_path, 0.05, 0)
+    return *_choose(config, sampled, among, *how), seen  # pyright: ignore[reportArgumentType]
+
+
+def test_of_equal_evaluations_the_smaller_network_is_chosen(tmp_path: Path) -> None:
+    small = SimpleNamespace(name="searched-2", family="searched", nfe=2, parameters=4)
+    chosen, _, seen = chosen_of(tmp_path, [*variants(), small], {**FAR, "searched-2": 0.0})
+    assert chosen == "searched-2"
+    assert seen == ["progressive-1", "searched-2"]
 
 
 @pytest.mark.parametrize("judge_all", [False, True])
 def test_the_cheapest_that_is_good_enough_is_chosen_whether_the_rest_is_judged_or_not(
     tmp_path: Path, judge_all: bool
 ) -> None:
-    save_arrays(tmp_path / "teacher.safetensors", {"features": mx.array(TEACHER)})
-    seen = []
-
-    def sampled(variant: Any, start: Any) -> np.ndarray:
-        seen.append(variant.name)
-        return TEACHER[: len(start)] + FAR[variant.name]
-
-    features: Any = SimpleNamespace(features=lambda images: images, whitened=lambda found: found)
-    data = SimpleNamespace(split=lambda name: {"selection": Part()}[name])  # no other part is asked for
-    chosen, reasons = _choose(
-        EvaluateConfig(judge_all=judge_all), sampled, variants(), data, features, tmp_path, 0.05, 0  # pyright: ignore
-    )  # fmt: skip
+    chosen, reasons, seen = chosen_of(tmp_path, variants(), FAR, judge_all)
     assert chosen == "progressive-2"
     judged = ["progressive-1", "progressive-2", "calibrated-4", "progressive-8"]
     assert seen == [row["name"] for row in reasons] == (judged if judge_all else judged[:2])
