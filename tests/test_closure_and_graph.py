@@ -210,7 +210,8 @@ def test_the_preset_of_the_search_is_the_small_one_but_for_what_it_searches() ->
     added = {"probe", "weigh", "search", "sensitivity", "distill_searched", "calibrate_searched"}
     assert set(search) - set(small) == added
     assert {name for name in small if small[name] != search[name]} == {"train"}
-    assert search["distill_searched"] == small["distill"]["progressive"]
+    taught = ("teacher_steps", "teacher_solver", "student_steps", "batch_size", "charbonnier")  # it has more to learn
+    assert all(search["distill_searched"][key] == small["distill"]["progressive"][key] for key in taught)
     assert search["calibrate_searched"] == small["calibrate"]["teacher"]
 
 
