@@ -97,7 +97,7 @@ def test_lines_are_as_wide_as_the_terminal_and_lose_nothing(width: int) -> None:
 def test_a_docstrings_arguments_are_taken_out_of_it() -> None:
     said = usage.arguments(distill)
     assert said["dataset"] == "folder made by `prepare`; the train part is used."
-    assert said["start"].endswith("in the teacher's place, such as a student's.")
+    assert said["start"].endswith("such as what a search chose: the teacher teaches that.")
     text = usage.description(distill)
     assert text.startswith("Make students")
     assert "Raises:" in text
