@@ -35,9 +35,20 @@ def read_report(path: Path) -> dict[str, Any]:
     """A report of `mac.py`, complete and of this format.
 
     Raises:
-        ArtifactError: it is none, another format's, lacks a part, is of other steps, or holds a path of the machine.
+        ArtifactError: it is none, another format's, lacks a part, is of other steps, names no chip, holds a path of the
+            machine, or figures of another kind than the table is made of.
     """
     report = read_json(path, "kind", "format", "machine", "precision", "versions", "settings", "networks")
+    try:
+        _check(path, report)
+        table([report])  # a report that is kept and cannot be tabled would stop every later one
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        found = f"{type(problem).__name__}: {problem}"
+        raise ArtifactError(f"{path}: not what bench/mac.py writes, damaged or edited ({found})") from None
+    return report
+
+
+def _check(path: Path, report: Mapping[str, Any]) -> None:
     if (report["kind"], report["format"]) != ("bench-mac", FORMAT):
         found = f"{report['kind']!r}, format {report['format']!r}"
         raise ArtifactError(f"{path}: {found}; allowed: 'bench-mac', format {FORMAT}")
@@ -60,7 +71,8 @@ def read_report(path: Path) -> dict[str, Any]:
     private = PRIVATE.search(path.read_text(encoding="utf-8"))
     if private:
         raise ArtifactError(f"{path}: holds a path ({private.group()}…); allowed: none, it would name a user")
-    return report
+    if file_name(report) == "mac_.json" or not re.fullmatch(r"[^|\r\n]+", chip(report)):
+        raise ArtifactError(f"{path}: machine: chip {chip(report)!r}; allowed: one line with a letter a-z or a digit")
 
 
 def chip(report: Mapping[str, Any]) -> str:
@@ -144,9 +156,12 @@ def with_table(page: str, reports: Sequence[Mapping[str, Any]]) -> str:
 def add(path: Path, folder: Path = REPORTS) -> Path:
     """Copy a report to where they are kept. Raises ArtifactError where it is none, or its name is taken."""
     kept = folder / file_name(read_report(path))
-    if kept.exists() and kept.read_bytes() != path.read_bytes():
+    if kept.exists():
+        if kept.read_bytes() == path.read_bytes():
+            return kept
         raise ArtifactError(f"{kept}: is there already; remove it first, or copy {path} beside it with a word added")
-    shutil.copyfile(path, kept)
+    with atomic_file(kept) as partial:
+        shutil.copyfile(path, partial)
     return kept
 
 

@@ -303,9 +303,19 @@ def test_a_start_that_does_not_fit_its_teacher_is_refused(taught: Path, tmp_path
     model = read_model(taught / "teacher")
     changed = {**model.scheduler_config, "prediction_type": "sample"}
     write_model(tmp_path / "kind", model.unet, changed, model.record)
-    with pytest.raises(ConfigError, match="its scheduler is"):
+    with pytest.raises(ConfigError, match=r"its scheduler prediction_type is sample; allowed: .*v_prediction"):
         distill(config, **options, start=tmp_path / "kind", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_that_another_version_of_diffusers_wrote_fits_its_teacher(taught: Path, tmp_path: Path) -> None:
+    options = {"teacher": taught / "teacher", "dataset": taught / "data", "scratch": tmp_path, "seed": 0}
+    model = read_model(taught / "teacher")
+    older = {**model.scheduler_config, "_diffusers_version": "0.30.0"}
+    write_model(tmp_path / "older", model.unet, older, model.record)
+    config = DistillConfig(teacher_steps=8, student_steps=(2,), stage_steps=2, batch_size=8)
+    distill(config, **options, start=tmp_path / "older", out=tmp_path / "out")
+    assert (tmp_path / "out" / "2").is_dir()
 
 
 def test_a_judge_in_float16_is_refused() -> None:

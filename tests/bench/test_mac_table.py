@@ -103,11 +103,30 @@ def damaged(**changes: Any) -> dict[str, Any]:
         (damaged(networks={"digits": {"training": {}}}), "networks.digits has no sampling, chain"),
         (damaged(settings={"steps": 50, "out": "/Users/ada/report.json"}), "holds a path"),
         (damaged(settings={"steps": 20}), "settings.steps is 20; allowed: 50"),
+        (damaged(settings=[]), "not what bench/mac.py writes"),
+        (damaged(networks=[]), "not what bench/mac.py writes"),
+        (damaged(networks={"digits": {"training": None, "sampling": {}, "chain": []}}), "not what bench/mac.py writes"),
+        (report_of(device="A|B"), "chip 'A|B'; allowed: one line"),
+        (report_of(device="\N{CJK UNIFIED IDEOGRAPH-82AF}"), "allowed: one line with a letter a-z or a digit"),
     ],
 )
 def test_what_is_no_whole_report_is_refused_with_the_reason(tmp_path: Path, report: Any, said: str) -> None:
     with pytest.raises(ArtifactError, match=said):
         mac_table.read_report(write(tmp_path / "mac_x.json", report))
+
+
+@pytest.mark.parametrize("chain", [["x"], [{"name": "student-1"}]])
+def test_a_report_that_cannot_be_tabled_is_not_kept(tmp_path: Path, chain: Any) -> None:
+    report = report_of()
+    report["networks"]["shapes32"]["chain"] = chain
+    with pytest.raises(ArtifactError, match=r"not what bench/mac\.py writes"):
+        mac_table.add(write(tmp_path / "bench-mac.json", report), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bench-mac.json"]
+
+
+def test_a_report_that_is_kept_already_may_be_added_where_it_lies(tmp_path: Path) -> None:
+    kept = write(tmp_path / "mac_apple-m2-pro.json", report_of())
+    assert mac_table.add(kept, tmp_path) == kept
 
 
 def test_a_part_without_its_forms_is_refused(tmp_path: Path) -> None:
