@@ -6,11 +6,11 @@ a `ConfigError` that names the key, the value and what is allowed.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, dataclass_transform, get_args
+from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -112,11 +112,20 @@ class _Loader(yaml.SafeLoader):
 def _explain(error: Any, cls: type, where: str) -> str:
     key = ".".join([where, *(str(part) for part in error["loc"])])
     if error["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-        allowed = ", ".join(getattr(cls, "__dataclass_fields__", {}))
+        allowed = ", ".join(getattr(_nested(cls, error["loc"][:-1]), "__dataclass_fields__", {}))
         return f"{key}: unknown key; allowed here: {allowed}"
     if error["type"] in {"missing", "missing_argument"}:
         return f"{key}: a value is required and none was given"
     return f"{key}: {error['input']!r} is not allowed: {error['msg']}"
+
+
+def _nested(cls: Any, location: Sequence[Any]) -> Any:
+    """The config class that a location within one of type `cls` leads to, as far as names of fields lead to one."""
+    for name in location:
+        declared = get_type_hints(cls).get(name) if hasattr(cls, "__dataclass_fields__") else None
+        inner = [each for each in (declared, *get_args(declared)) if hasattr(each, "__dataclass_fields__")]
+        cls = inner[0] if inner else cls
+    return cls
 
 
 def read_params(path: Path) -> dict[str, Any]:

@@ -84,11 +84,16 @@ def set_search(graph: Any, params: Mapping[str, Any]) -> None:
 
     With a section `calibrate_searched` the chosen architecture is calibrated, and compared itself; without, only its
     students are. Whatever a former race had is taken out first; a stage of another name is not the search's, and stays.
+
+    Raises:
+        ConfigError: there is something of a search, and no search; or as `search_stages`. The graph is as it was.
     """
+    searches, calibrated = params.get("probe") is not None, params.get(CALIBRATE) is not None
+    if not searches and calibrated:
+        raise ConfigError(f"{CALIBRATE}: a section of a search, and there is no section probe; allowed: with it")
+    stages = search_stages(params["probe"], calibrated=calibrated) if searches else {}
     for name in [name for name in graph["stages"] if NAMES.fullmatch(name)]:
         del graph["stages"][name]
-    searches, calibrated = params.get("probe") is not None, params.get(CALIBRATE) is not None
-    stages = search_stages(params["probe"], calibrated=calibrated) if searches else {}
     added = [SEARCHED] * searches + [ARCHITECTURE, SCHEDULES] * (searches and calibrated)
     for stage in graph["stages"].values():
         if "--students " in stage["cmd"]:

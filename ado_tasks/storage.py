@@ -40,7 +40,8 @@ def named_storage_errors(path: Path) -> Iterator[None]:
             errno.EACCES: "permission denied",
             errno.EROFS: "the file system is read-only",
         }.get(problem.errno or 0, problem.strerror or str(problem))
-        raise StorageError(f"{problem.filename or path}: {reason}; nothing was left under its final name") from problem
+        where = problem.filename2 or problem.filename or path  # of a move: where to
+        raise StorageError(f"{where}: {reason}; nothing was left under its final name") from problem
 
 
 @contextmanager

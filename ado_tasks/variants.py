@@ -131,10 +131,18 @@ def calibrated_variant(name: str, teacher: StoredModel, entry: Mapping[str, Any]
 
 
 def read_architecture(folder: Path | None, teacher: StoredModel) -> StoredModel | None:
-    """The network that a search chose: `teacher` itself where that is the same network; None without a folder."""
+    """The network that a search chose: `teacher` itself where that is the same network; None without a folder.
+
+    Raises:
+        ConfigError: its images or its number of classes are not the teacher's.
+    """
     if folder is None:
         return None
     found = read_model(folder)
+    for key in ("sample_size", "in_channels", "out_channels", "num_class_embeds"):
+        own, asked = (getattr(each.unet.config, key) for each in (found, teacher))
+        if own != asked:
+            raise ConfigError(f"{folder}/unet/config.json.{key}: {own} is not allowed; allowed: the teacher's, {asked}")
     return teacher if _same_network(found, teacher) else found
 
 

@@ -123,12 +123,12 @@ def test_a_search_is_in_the_graph_where_params_have_one(tmp_path: Path, monkeypa
 def test_what_a_search_chose_is_calibrated_and_compared_where_params_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not where they have no such section, as they had none before it existed; nor without a search."""
+    """And not where they have no such section, as they had none before it existed."""
     before = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     Path("dvc.yaml").write_text(before, encoding="utf-8")
     probe, section = "probe: {race: {sizes: [2, 1], steps: [1, 2], unguided: 2}}\n", "calibrate_searched: {nfe: [2]}\n"
-    for name, text in {"old": probe, "new": probe + section, "without": section}.items():
+    for name, text in {"old": probe, "new": probe + section, "without": ""}.items():
         Path(f"{name}.yaml").write_text(f"distill: {{progressive: {{}}}}\n{text}", encoding="utf-8")
 
     def written(name: str) -> str:
@@ -176,6 +176,8 @@ def test_a_stage_that_only_begins_like_one_of_the_search_stays() -> None:
         ("distill: {a b: {}}", "distill.a b: is the name of a folder"),
         ("distill: {1: {}}", "distill.1: is the name of a folder"),
         ("distill: {progressive: {}}\nprobe: 3", "probe: 3 is not allowed"),
+        ("distill: {progressive: {}}\ncalibrate_searched: {}", "calibrate_searched: a section of a search"),
+        ("distill: {progressive: {}}\nprobe: {race: {sizes: [257], steps: [1]}}", "probe.race.sizes.0: 257"),
     ],
 )
 def test_params_that_give_no_graph_are_named_and_the_graph_stays(

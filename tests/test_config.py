@@ -45,7 +45,7 @@ def test_it_cannot_be_changed() -> None:
         ({"steps": 2.5}, ["train.steps", "2.5", "integer"]),
         ({"steps": 1, "kind": "c"}, ["train.kind", "'c'", "'a' or 'b'"]),
         ({"steps": 1, "inner": {"depth": 0}}, ["train.inner.depth", "0"]),
-        ({"steps": 1, "inner": {"breadth": 1}}, ["train.inner.breadth", "unknown key"]),
+        ({"steps": 1, "inner": {"breadth": 1}}, ["train.inner.breadth", "unknown key; allowed here: depth"]),
         ({}, ["train.steps", "required"]),
         ([1], ["train", "mapping"]),
     ],

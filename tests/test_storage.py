@@ -60,6 +60,14 @@ def test_a_full_disk_is_a_named_error_and_leaves_nothing(tmp_path: Path, code: i
     assert everything(tmp_path) == []
 
 
+def test_a_folder_in_the_place_of_a_file_is_named_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "choice.json").mkdir()
+    with pytest.raises(StorageError, match=r"choice\.json: Is a directory") as problem:
+        storage.write_text(tmp_path / "choice.json", "{}")
+    assert ".tmp-" not in str(problem.value)
+    assert everything(tmp_path) == ["choice.json"]
+
+
 def test_files_move_together_and_the_last_one_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[str] = []
     replace = Path.replace

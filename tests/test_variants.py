@@ -85,6 +85,14 @@ def test_the_teacher_is_not_compared_under_a_second_name(place: Path) -> None:
     assert "architecture_calibrated-2" in names(compared(place, "models/other", "schedules/architecture"))
 
 
+def test_an_architecture_for_other_classes_or_images_is_refused(place: Path) -> None:
+    teacher = read_model(place / "models/teacher")
+    for fields, said in (({"num_class_embeds": 3}, "num_class_embeds: 3"), ({"in_channels": 3}, "in_channels: 3")):
+        network(place / "models/odd", **fields)
+        with pytest.raises(ConfigError, match=rf"odd/unet/config\.json\.{said} is not allowed; allowed: the teacher's"):
+            read_architecture(place / "models/odd", teacher)
+
+
 def test_schedules_of_no_network_are_refused(place: Path) -> None:
     with pytest.raises(ConfigError, match=r"architecture_schedules: .*of which network is not said"):
         compared(place, None, "schedules/architecture")

@@ -19,13 +19,14 @@ from ado_tasks.architecture.choice import Measured, fronts, logarithm
 from ado_tasks.config import config
 
 Count = Annotated[int, Field(ge=1)]
+Lanes = Annotated[int, Field(ge=1, le=256)]  # each is a stage of the graph
 
 
 @config
 class RaceConfig:
     """The rungs, lowest first."""
 
-    sizes: Annotated[tuple[Count, ...], Field(min_length=1)] = (12, 6, 3)  # candidates tuned in each
+    sizes: Annotated[tuple[Lanes, ...], Field(min_length=1)] = (12, 6, 3)  # candidates tuned in each
     steps: tuple[Count, ...] = (60, 120, 360)  # optimiser steps in each, beside those of the rungs below
     good_enough: Annotated[float, Field(gt=0)] | None = (
         None  # quality loss below which less is no better; none: no such
