@@ -138,7 +138,7 @@ def would_stop(workspace: Path) -> None:
     data = open_dataset(workspace / "data" / name)
     asked = Stopping.read(data, workspace / "features" / name, workspace / "anchor", seed)
     for student in student_variants(workspace / "models" / "progressive"):
-        passed = asked.goes_on(student.model, student.model.unet.parameters(), student.nfe, SILENT)
+        passed = asked.goes_on(student.model, student.model.unet.parameters(), student.times, SILENT)
         print(f"  {student.nfe:5}  {in_margins(asked.found[-1].difference, asked.margin):>41}", flush=True)
         if not passed:
             break

@@ -25,6 +25,7 @@ from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.sampling import Sampler, draw
 from ado_tasks.storage import load_arrays, read_json, sha256_tree
 from ado_tasks.train import TrainConfig, train
+from ado_tasks.variants import student_variants
 
 MODEL = {
     "block_out_channels": [8],
@@ -316,6 +317,30 @@ def test_a_start_that_another_version_of_diffusers_wrote_fits_its_teacher(taught
     config = DistillConfig(teacher_steps=8, student_steps=(2,), stage_steps=2, batch_size=8)
     distill(config, **options, start=tmp_path / "older", out=tmp_path / "out")
     assert (tmp_path / "out" / "2").is_dir()
+
+
+def test_students_step_where_they_were_taught_to(taught: Path, tmp_path: Path) -> None:
+    knots = (1.0, 0.9, 0.8, 0.5, 0.0)
+    config = DistillConfig(teacher_steps=8, student_steps=STAGES, stage_steps=2, batch_size=8, times=knots)
+    distill(
+        config, teacher=taught / "teacher", dataset=taught / "data", out=tmp_path / "knots", scratch=tmp_path, seed=0
+    )  # fmt: skip
+    found = {variant.nfe: variant for variant in student_variants(tmp_path / "knots")}
+    assert {steps: found[steps].times.tolist() for steps in STAGES} == {4: list(knots), 2: [1, 0.8, 0], 1: [1, 0]}
+    assert found[4].model.record["history"][-1]["config"]["times"] == list(knots)
+    for student in student_variants(taught / "never"):
+        assert student.model.record["sampler"] == {"solver": "ddim", "steps": student.nfe, "grid": "uniform_time"}
+        assert (
+            "times" not in student.model.record["history"][-1]["config"]
+        )  # as before there was one
+
+
+@pytest.mark.parametrize(
+    "times", [(1, 0.5, 0), (1, 0.9, 0.9, 0.5, 0), (0.9, 0.8, 0.7, 0.6, 0), (1, 0.8, 0.7, 0.6, 0.1), (1, 2, 0.7, 0.6, 0)]
+)
+def test_times_that_are_no_steps_are_refused(times: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"distill\.progressive.*(5 falling numbers are required|less than or equal)"):
+        parse(DistillConfig, {"student_steps": [4, 2, 1], "times": list(times)}, "distill.progressive")
 
 
 def test_a_judge_in_float16_is_refused() -> None:

@@ -15,7 +15,6 @@ from ado_tasks.models.quantised import bits_of, floating, quantised
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.cost import distillation_passes
 from ado_tasks.optimise.loop import Curve
-from ado_tasks.optimise.progressive import Interval
 from ado_tasks.optimise.students import DistillConfig, Stage, with_weights
 from ado_tasks.pictures import save_curves
 from ado_tasks.report import Reporter
@@ -61,7 +60,7 @@ def teach(
     curves: dict[str, Curve] = {}
     weights: dict[int, Any] = {}
     for number, after in enumerate(config.student_steps):
-        stage = Stage(config, number, Interval(after, config.walk_of(number)), schedule, kind, seed)
+        stage = Stage(config, number, config.interval_of(number), schedule, kind, seed)
         teaching = first if number == 0 or config.taught_by == "first" else student
         checkpoints = Checkpoints.under(scratch, key + f"-{after}")
         weights[after], curves[f"{after} steps"] = stage.run(student, teaching, part, checkpoints, report)
@@ -71,7 +70,7 @@ def teach(
             weights[after], curve = stage.match(student, teaching, first, part, checkpoints, report)
             student = with_weights(student, weights[after])
             curves[f"{after} steps, matching"] = curve
-        if stopping and not stopping.goes_on(begins, weights[after], after, report):
+        if stopping and not stopping.goes_on(begins, weights[after], stage.interval.grid(), report):
             break
 
     with atomic_folder(out) as folder:
@@ -120,8 +119,10 @@ def _goes_on(config: DistillConfig, record: Mapping[str, Any]) -> bool:
 
     Matching asks it at every noise level; a consistency model does not take DDIM's steps.
     """
-    own = record.get("sampler", {}).get("solver") == "ddim" and steps_of_student(record) == config.teacher_steps
-    return own and config.teacher_solver == "ddim" and config.matching is None
+    said = record.get("sampler", {})
+    own = said.get("solver") == "ddim" and steps_of_student(record) == config.teacher_steps
+    uniform = "times" not in said and config.times is None
+    return own and uniform and config.teacher_solver == "ddim" and config.matching is None
 
 
 def _stopping(
@@ -144,12 +145,16 @@ def _record(begins: StoredModel, config: DistillConfig, steps: int, seed: int, s
     method = "progressive, matching" if matched else "progressive"
     if matched and config.adversarial_weight_of(stage):
         method += ", adversarial"
-    settings = as_recorded(config, stop="never", targets_together=1, taught_by="previous", precision="float32")
+    unsaid = {"stop": "never", "targets_together": 1, "taught_by": "previous", "precision": "float32", "times": None}
+    settings = as_recorded(config, **unsaid)
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key
+    grid = {"grid": "uniform_time"}
+    if config.times is not None:
+        grid = {"grid": "given", "times": config.interval_of(stage).grid().tolist()}
     done = {"task": "distill", "method": method, "steps": steps, "config": settings, "seed": seed}
     done |= {} if start is None else {"start": start}  # of the folder that the first student began as
     return {
         "history": [*begins.record.get("history", []), done],
-        "sampler": {"solver": "ddim", "steps": steps, "grid": "uniform_time"},
+        "sampler": {"solver": "ddim", "steps": steps, **grid},
     }

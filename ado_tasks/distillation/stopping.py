@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from ado_tasks.datasets.shards import Dataset
-from ado_tasks.diffusion import grids
 from ado_tasks.errors import ArtifactError
 from ado_tasks.interop.diffusers_folder import StoredModel
 from ado_tasks.metrics.kernel import KernelSums, kernel_sums
@@ -60,13 +59,13 @@ class Stopping:
         start = draw(seed, SELECTION, len(of_teacher), part)
         return Stopping(said, extractor, real, kernel_sums(of_teacher, real), start)
 
-    def goes_on(self, stored: StoredModel, student: Any, steps: int, report: Reporter) -> bool:
-        """Whether another student may follow this one: hold it, of so many DDIM steps, against the teacher.
+    def goes_on(self, stored: StoredModel, student: Any, times: np.ndarray, report: Reporter) -> bool:
+        """Whether another student may follow this one: hold it, with DDIM's steps, against the teacher.
 
         Args:
             stored: the model whose network and noise schedule the student has.
             student: its weights.
-            steps: of its sampler.
+            times: of its sampler.
             report: where the difference goes.
 
         Raises:
@@ -77,7 +76,7 @@ class Stopping:
         settings = self.anchor["config"]  # sampled as the teacher's were
         model = StoredModel(unet, stored.scheduler_config, {})
         sampler = Sampler(model, settings["batch_size"], settings["shards"])
-        images = sampler(self.start, "ddim", grids.uniform_time(steps))
+        images, steps = sampler(self.start, "ddim", times), len(times) - 1
         sums = kernel_sums(self.extractor.whitened(self.extractor.features(images)), self.real)
         self.found.append(Stage(steps, difference_from_sums(sums, self.teacher)))
         report.metric(f"distill_{steps}.kid_minus_teacher", self.found[-1].difference.value)

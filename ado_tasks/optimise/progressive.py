@@ -4,6 +4,10 @@ Salimans & Ho 2022 (arXiv:2202.00512), algorithm 2.
 
 Notation as there: a student of N steps goes from t = (i+1)/N to s = i/N; its teacher goes the same way in K steps.
 K = 2 is the paper's halving. A larger K in the first stage skips a student that nobody wants, at the same arithmetic.
+
+The paper's times are uniform. With `knots` time runs at another pace: u takes t's place above, and t is where the line
+through the knots is at u. A teacher may decide most of a picture in a short time, as where a shape lies near t = 0.9;
+uniform steps leave all of it to one of them.
 """
 
 from dataclasses import dataclass
@@ -26,15 +30,25 @@ class Interval:
 
     student_steps: int  # N
     teacher_substeps: int  # K; 2 is the paper's halving
+    knots: tuple[float, ...] | None = None  # times from 1 to 0 that a multiple of N steps lie between; None: uniform
 
     def times(self, index: np.ndarray) -> np.ndarray:
         """The teacher's times in interval i, (B,) in 0..N−1: (B, K + 1) float64, from t = (i+1)/N down to s = i/N.
 
-        (K(i+1) − k)/(KN), from whole numbers: subtracting k/(KN) from t would miss 0, and with it alpha = 1.
+        (K(i+1) − k)/(KN), from whole numbers: subtracting k/(KN) from t would miss 0, and with it alpha = 1. With knots
+        the times at which these fractions of the way lie.
         """
         k = np.arange(self.teacher_substeps + 1)
         whole = self.teacher_substeps * (index[:, None].astype(np.int64) + 1) - k
-        return whole / (self.teacher_substeps * self.student_steps)
+        fraction = whole / (self.teacher_substeps * self.student_steps)
+        if self.knots is None:
+            return fraction
+        return np.interp(fraction, np.arange(len(self.knots)) / (len(self.knots) - 1), self.knots[::-1])
+
+    def grid(self) -> np.ndarray:
+        """Where the student steps: (N + 1,) float64, from 1 to 0."""
+        starts = self.times(np.arange(self.student_steps)[::-1])[:, 0]
+        return np.append(starts, 0.0)
 
 
 def teacher_walk(

@@ -42,6 +42,8 @@ class DistillConfig:
     teacher_steps: Annotated[int, Field(ge=2)] = 32  # steps of the teacher that the first student replaces
     teacher_solver: WalkSolver = "ddim"  # of those steps; later teachers are students, and take DDIM's
     student_steps: tuple[Annotated[int, Field(ge=1)], ...] = (8, 4, 2, 1)  # one stage each; each divides the one before
+    times: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None  # where the student of most steps takes them,
+    # from 1 to 0, the others every so manyth; steps of teachers lie evenly between. None: uniform
     stage_steps: Count | tuple[Count, ...] = 500  # optimiser steps of each stage: one number, or one a stage
     batch_size: Annotated[int, Field(ge=1)] = 64  # images a step
     learning_rate: Rate | tuple[Rate, ...] = 1e-3  # at the start of each stage, falls to 0 in each; or one a stage
@@ -83,6 +85,16 @@ class DistillConfig:
                 )
         return self
 
+    @model_validator(mode="after")
+    def _times_fall(self) -> Self:
+        if self.times is None:
+            return self
+        wanted = self.student_steps[0] + 1
+        falls = all(above > below for above, below in pairwise(self.times))
+        if len(self.times) != wanted or not falls or (self.times[0], self.times[-1]) != (1, 0):
+            raise ValueError(f"times: {self.times}: {wanted} falling numbers are required, from 1 to 0")
+        return self
+
     def steps_of(self, stage: int) -> int:
         """Optimiser steps of a stage."""
         return _of_stage(self.stage_steps, stage)
@@ -95,6 +107,10 @@ class DistillConfig:
         """Steps that the teacher of a stage takes in the place of one of the student's."""
         first = stage == 0 or self.taught_by == "first"
         return (self.teacher_steps if first else self.student_steps[stage - 1]) // self.student_steps[stage]
+
+    def interval_of(self, stage: int) -> Interval:
+        """Where the student of a stage steps, and its teacher between."""
+        return Interval(self.student_steps[stage], self.walk_of(stage), self.times)
 
     def solver_of(self, stage: int) -> WalkSolver:
         """Of those steps. A student knows DDIM's from its own grid only: nothing else is asked of one that teaches."""

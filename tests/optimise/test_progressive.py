@@ -73,6 +73,37 @@ def test_the_grid_has_no_zero_time_to_evaluate_and_ends_at_exactly_zero(steps: i
     assert (np.diff(times, axis=0) < 0).all()
 
 
+KNOTS = (1.0, 0.9, 0.85, 0.6, 0.0)
+
+
+def test_with_knots_the_steps_lie_on_them_and_those_of_fewer_steps_on_every_so_manyth() -> None:
+    assert Interval(4, 8, KNOTS).grid().tolist() == list(KNOTS)
+    assert Interval(2, 2, KNOTS).grid().tolist() == [1.0, 0.85, 0.0]
+    assert Interval(1, 2, KNOTS).times(np.array([0])).tolist() == [[1.0, 0.85, 0.0]]  # its teacher is the one of two
+    assert Interval(12, 1, KNOTS).grid()[::3].tolist() == list(KNOTS)
+    assert Interval(4, 8).grid().tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_a_teacher_walks_evenly_between_two_knots_and_never_over_one() -> None:
+    times = Interval(4, 8, KNOTS).times(np.arange(4))
+    np.testing.assert_allclose(np.diff(times, axis=1), np.repeat(np.diff(KNOTS)[::-1, None] / 8, 8, axis=1))
+    assert times[:, 0].tolist() == list(KNOTS[-2::-1]) and times[:, -1].tolist() == list(KNOTS[:0:-1])
+    through = Interval(2, 16, KNOTS).times(np.array([1]))[0]  # one of two steps: evenly on each side of the knot in it
+    np.testing.assert_allclose(through, [*np.linspace(1, 0.9, 9), *np.linspace(0.9, 0.85, 9)[1:]])
+
+
+def test_students_on_knots_walk_the_way_of_their_teacher() -> None:
+    """All intervals from the top, one after another, are the DDIM sampler on the teacher's times."""
+    schedule, grid = Cosine(), Interval(4, 8, KNOTS)
+    denoise = gaussian_denoiser(schedule, 0.5)
+    z = start = mx.random.normal((3, 4, 4, 1), key=rng.key(0, "knots"))
+    for index in (3, 2, 1, 0):
+        times = mx.array(np.repeat(grid.times(np.array([index])), 3, axis=0).astype(np.float32))
+        z = student_step(distillation_target(denoise, z, times, schedule), z, times, schedule)
+    fine = Interval(32, 1, KNOTS).grid()
+    np.testing.assert_allclose(np.array(z), np.array(ddim(denoise, start, fine, schedule)), atol=1e-5)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("index", [0, 3, 7])
 def test_a_walk_of_dpm_solver_is_that_solver_on_the_interval(schedule: NoiseSchedule, index: int) -> None:
