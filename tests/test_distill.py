@@ -330,9 +330,7 @@ def test_students_step_where_they_were_taught_to(taught: Path, tmp_path: Path) -
     assert found[4].model.record["history"][-1]["config"]["times"] == list(knots)
     for student in student_variants(taught / "never"):
         assert student.model.record["sampler"] == {"solver": "ddim", "steps": student.nfe, "grid": "uniform_time"}
-        assert (
-            "times" not in student.model.record["history"][-1]["config"]
-        )  # as before there was one
+        assert "times" not in student.model.record["history"][-1]["config"]  # as before there was one
 
 
 @pytest.mark.parametrize(
