@@ -119,11 +119,11 @@ def test_a_kill_between_stages_changes_nothing(
     made(place, tmp_path / "unbroken", config, margin)
     judged, whole = [], Stopping.goes_on
 
-    def killed(self: Stopping, stored: Any, student: Any, steps: int, report: Any) -> bool:
-        judged.append(steps)
+    def killed(self: Stopping, stored: Any, student: Any, times: np.ndarray, report: Any) -> bool:
+        judged.append(len(times) - 1)
         if len(judged) in {1, 3}:  # before the first verdict, and in the next run before the second
             raise KeyboardInterrupt
-        return whole(self, stored, student, steps, report)
+        return whole(self, stored, student, times, report)
 
     with monkeypatch.context() as patch:
         patch.setattr(Stopping, "goes_on", killed)
