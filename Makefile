@@ -30,7 +30,7 @@ install-all: install  ## install what Airflow's side needs as well
 	@$(UV) sync --locked --inexact --quiet --group orchestration
 
 # Records go to MLflow once, at the end: uploads in the background would take the cores from the stages.
-demo: install  ## run the whole pipeline (train, distil, calibrate, evaluate) and print the table
+demo: install  ## run the whole pipeline (train, distil, calibrate, search, evaluate) and print the table
 	@$(RUN) ADO_SYNC=manual dvc repro
 	@$(RUN) python -m ado_tasks sync
 	@$(RUN) python -m ado_tasks compare

@@ -80,7 +80,7 @@ def measure(
     actions = {variant.name: _sampling(samplers[id(variant.model)], variant, start) for variant in variants}
     memory = {name: _peak_memory_mb(action) for name, action in actions.items()}
     rounds = config.rounds * (2 if config.step_batches else 1)
-    seconds = interleaved(actions, config.rounds, lambda done: report.progress(done, rounds))
+    seconds = interleaved(actions, config.rounds, lambda done: report.progress(done, rounds), warm=True)
     steps = _steps(
         config, _networks(variants, schedules), seed, lambda done: report.progress(config.rounds + done, rounds)
     )

@@ -13,7 +13,6 @@ from ado_tasks.architecture.choice import Measured
 from ado_tasks.architecture.cost import multiply_adds
 from ado_tasks.architecture.importance import measure_importance
 from ado_tasks.architecture.inherit import Rows, inherit
-from ado_tasks.architecture.propose import Tried, propose
 from ado_tasks.architecture.race import Lane, RaceConfig, survivors
 from ado_tasks.architecture.space import Point, Space, SpaceConfig
 from ado_tasks.architecture.tuning import Lesson, TuneConfig, denoising_loss, gradient_batches, tune
@@ -136,6 +135,8 @@ def _proposal(
     order = rng.generator(seed, "probe", "proposals").permutation(len(points))
     if not expected:
         return points[order[lane.place % len(points)]]
+    from ado_tasks.architecture.propose import Tried, propose  # noqa: PLC0415  (scipy: only lanes that are guided wait)
+
     tried = {tuple(each["point"]): _measured(str(each["point"]), each) for each in said}
     cost = {point: float(multiply_adds(space.candidate(point), *shape[:2])) for point in points}
     history = [Tried(point, figures) for point, figures in tried.items()]

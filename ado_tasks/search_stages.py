@@ -1,7 +1,7 @@
 """The stages of a search, for a params file that has a section `probe`: added to the graph, or taken out of it.
 
-They are made here, not written in `dvc.yaml`: their number is that of the race's lanes, and `make demo` has none of
-them. Each lane is a stage of its own, so that DVC keeps it and a rung runs on as many workers as there are.
+They are made here: their number is that of the race's lanes. Each lane is a stage of its own, so that DVC keeps it and
+a rung runs on as many workers as there are.
 """
 
 import re
@@ -15,17 +15,20 @@ from ado_tasks.errors import ConfigError
 ARCHITECTURE = "models/architecture"  # the chosen one
 SEARCHED = "models/searched"  # the family of its students
 SCHEDULES = "schedules/architecture"  # where it should step itself
-CALIBRATE = "calibrate_searched"  # a section that a params file with a search may have or not, and its stage
-NAMES = re.compile(rf"probe(_guided|_\d+)?|weigh|search|sensitivity|distill_searched|{CALIBRATE}", re.ASCII)  # stages
+CALIBRATE, SENSITIVITY = "calibrate_searched", "sensitivity"  # sections that a search may have or not, and their stages
+NAMES = re.compile(rf"probe(_guided|_\d+)?|weigh|search|distill_searched|{SENSITIVITY}|{CALIBRATE}", re.ASCII)  # stages
 _COMPARED = f" --architecture {ARCHITECTURE} --architecture-schedules {SCHEDULES}"  # by what compares students
 
 
-def search_stages(probe: Mapping[str, Any], *, calibrated: bool = False) -> dict[str, dict[str, Any]]:
+def search_stages(
+    probe: Mapping[str, Any], *, calibrated: bool = False, explained: bool = False
+) -> dict[str, dict[str, Any]]:
     """The stages, in their order, without the code among their deps.
 
     Args:
         probe: that section of the params file.
         calibrated: whether the chosen architecture is calibrated too.
+        explained: whether it is measured what each block of the teacher is worth.
 
     Raises:
         ConfigError: the section is no mapping, or the race's in it is not allowed.
@@ -57,13 +60,14 @@ def search_stages(probe: Mapping[str, Any], *, calibrated: bool = False) -> dict
         f" --out {ARCHITECTURE}",
         ["models/teacher", *probes, "reports/probes.json"], ["search"], [ARCHITECTURE],
     )  # fmt: skip
-    stages["sensitivity"] = _stage(
-        "what each block of the teacher is worth, and costs on this machine",
-        "sensitivity --teacher models/teacher --dataset data/${dataset} --profile reports/profile.json"
-        " --out reports/sensitivity.json",
-        ["models/teacher", "data/${dataset}", "reports/profile.json"], ["seed", "sensitivity", "hardware"],
-        ["reports/sensitivity.json", "reports/sensitivity.png"],
-    )  # fmt: skip
+    if explained:
+        stages[SENSITIVITY] = _stage(
+            "what each block of the teacher is worth, and costs on this machine",
+            f"{SENSITIVITY} --teacher models/teacher --dataset data/${{dataset}} --profile reports/profile.json"
+            " --out reports/sensitivity.json",
+            ["models/teacher", "data/${dataset}", "reports/profile.json"], ["seed", SENSITIVITY, "hardware"],
+            ["reports/sensitivity.json", "reports/sensitivity.png"],
+        )  # fmt: skip
     stages["distill_searched"] = _stage(
         "students of the chosen architecture that need fewer steps, taught by the teacher",
         f"distill --section distill_searched --teacher models/teacher --start {ARCHITECTURE}"
@@ -83,15 +87,16 @@ def set_search(graph: Any, params: Mapping[str, Any]) -> None:
     """Let the graph have exactly the search of these params: of `probe`, or none. What compares students follows.
 
     With a section `calibrate_searched` the chosen architecture is calibrated, and compared itself; without, only its
-    students are. Whatever a former race had is taken out first; a stage of another name is not the search's, and stays.
+    students are; `sensitivity` likewise is a stage where there is such a section. Whatever a former race had is taken
+    out first; a stage of another name is not the search's, and stays.
 
     Raises:
         ConfigError: there is something of a search, and no search; or as `search_stages`. The graph is as it was.
     """
-    searches, calibrated = params.get("probe") is not None, params.get(CALIBRATE) is not None
+    searches, calibrated, explained = (params.get(name) is not None for name in ("probe", CALIBRATE, SENSITIVITY))
     if not searches and calibrated:
         raise ConfigError(f"{CALIBRATE}: a section of a search, and there is no section probe; allowed: with it")
-    stages = search_stages(params["probe"], calibrated=calibrated) if searches else {}
+    stages = search_stages(params["probe"], calibrated=calibrated, explained=explained) if searches else {}
     for name in [name for name in graph["stages"] if NAMES.fullmatch(name)]:
         del graph["stages"][name]
     added = [SEARCHED] * searches + [ARCHITECTURE, SCHEDULES] * (searches and calibrated)

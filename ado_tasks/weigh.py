@@ -84,7 +84,7 @@ def weigh(
     here = measure_capability(report) if target else None
     actions = {name: _evaluation(unet, config, seed) for name, unet in networks.items()}
     memory = {name: _peak_memory_mb(action) for name, action in actions.items()}
-    seconds = interleaved(actions, config.rounds, lambda done: report.progress(done, config.rounds))
+    seconds = interleaved(actions, config.rounds, lambda done: report.progress(done, config.rounds), warm=True)
     gains = speedups(seconds, TEACHER)
     images = config.batch_size * config.evaluations
     entries = {

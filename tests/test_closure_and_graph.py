@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_a_dep_that_is_missing_is_found() -> None:
 
 def test_every_stage_runs_a_task() -> None:
     stages = graph.read_graph(ROOT / "dvc.yaml")["stages"]
-    stages |= search_stages({})
+    stages |= search_stages({}, explained=True)
     assert {graph.task_of(stage["cmd"]) for stage in stages.values()} == set(TASKS)
     with pytest.raises(ConfigError, match="not a stage's command"):
         graph.task_of("bash run.sh")
@@ -75,16 +76,17 @@ def test_renewing_keeps_comments_and_data(tmp_path: Path) -> None:
 
 def test_methods_are_those_of_a_params_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another method is a word in the matrix, and a folder in the commands and deps of what compares; and back."""
-    before = (ROOT / "dvc.yaml").read_text()
     monkeypatch.chdir(tmp_path)
-    Path("dvc.yaml").write_text(before)
+    Path("dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     Path("one.yaml").write_text("distill: {progressive: {}}")
     Path("two.yaml").write_text("distill: {progressive: {}, consistency: {method: consistency}}")
     Path("none.yaml").write_text("distill: {}")
-    for name in ("two", "two", "one", "two"):
+    before = ""
+    for name in ("one", "two", "two", "one", "two"):
         monkeypatch.setattr(sys, "argv", ["graph", "--methods-of", f"{name}.yaml"])
         assert graph.main() == 0
         if name == "one":
+            before = before or Path("dvc.yaml").read_text()
             assert Path("dvc.yaml").read_text() == before
     stages = graph.read_graph(Path("dvc.yaml"))["stages"]
     assert stages["distill"]["matrix"]["method"] == ["progressive", "consistency"]
@@ -99,17 +101,18 @@ def test_methods_are_those_of_a_params_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_search_is_in_the_graph_where_params_have_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lanes follow from the race, each rung depends on the one below, its students are compared; and back."""
-    before = (ROOT / "dvc.yaml").read_text()
     monkeypatch.chdir(tmp_path)
-    Path("dvc.yaml").write_text(before)
+    Path("dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     Path("without.yaml").write_text("distill: {progressive: {}}")
     race = "{sizes: [4, 2], steps: [1, 2], unguided: 3}"
     Path("with.yaml").write_text(f"distill: {{progressive: {{}}}}\nprobe: {{race: {race}}}")
-    for name in ("with", "with", "without", "with"):
+    written = set()
+    for name in ("without", "with", "with", "without", "with"):
         monkeypatch.setattr(sys, "argv", ["graph", "--methods-of", f"{name}.yaml"])
         assert graph.main() == 0
         if name == "without":
-            assert Path("dvc.yaml").read_text() == before
+            written.add(Path("dvc.yaml").read_text())
+    assert len(written) == 1 and "models/probes" not in written.pop()
     stages = graph.read_graph(Path("dvc.yaml"))["stages"]
     lanes = {name: list(stage["matrix"]["lane"]) for name, stage in stages.items() if name.startswith("probe")}
     assert lanes == {"probe": ["0", "1", "2"], "probe_guided": ["3"], "probe_1": ["4", "5"]}
@@ -124,9 +127,8 @@ def test_what_a_search_chose_is_calibrated_and_compared_where_params_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not where they have no such section, as they had none before it existed."""
-    before = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    Path("dvc.yaml").write_text(before, encoding="utf-8")
+    Path("dvc.yaml").write_text((ROOT / "dvc.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     probe, section = "probe: {race: {sizes: [2, 1], steps: [1, 2], unguided: 2}}\n", "calibrate_searched: {nfe: [2]}\n"
     for name, text in {"old": probe, "new": probe + section, "without": ""}.items():
         Path(f"{name}.yaml").write_text(f"distill: {{progressive: {{}}}}\n{text}", encoding="utf-8")
@@ -136,7 +138,7 @@ def test_what_a_search_chose_is_calibrated_and_compared_where_params_say_so(
         assert graph.main() == 0
         return Path("dvc.yaml").read_text(encoding="utf-8")
 
-    old, new = written("old"), written("new")
+    before, old, new = written("without"), written("old"), written("new")
     assert "calibrate_searched" not in old and "--architecture" not in old
     assert (written("new"), written("old"), written("new")) == (new, old, new)
     assert written("without") == before
@@ -156,7 +158,7 @@ def test_what_a_search_chose_is_calibrated_and_compared_where_params_say_so(
 def test_a_stage_that_only_begins_like_one_of_the_search_stays() -> None:
     """And every name that a race of any size gives is the search's own: a smaller race leaves none behind."""
     race = {"sizes": [4, 3, 2, 1], "steps": [1, 1, 1, 1], "unguided": 3}
-    own, others = search_stages({"race": race}, calibrated=True), [
+    own, others = search_stages({"race": race}, calibrated=True, explained=True), [
         "probes_report", "probe_mine", "probe_1_again", "searching", "search_log", "weigh_in", "sensitivity_map",
         "calibrate_searched_again",
     ]  # fmt: skip
@@ -207,14 +209,34 @@ def test_a_graph_that_is_none_is_named(
     assert capsys.readouterr().err.startswith("ado_tasks.graph: ConfigError: ")
 
 
-def test_the_preset_of_the_search_is_the_small_one_but_for_what_it_searches() -> None:
+def test_the_preset_of_the_search_measures_as_the_small_one_and_searches_more() -> None:
     small, search = (read_params(ROOT / f"params{name}.yaml") for name in ("", ".search"))
-    added = {"probe", "weigh", "search", "sensitivity", "distill_searched", "calibrate_searched"}
-    assert set(search) - set(small) == added
-    assert {name for name in small if small[name] != search[name]} == {"train"}
-    taught = ("teacher_steps", "teacher_solver", "student_steps", "batch_size", "charbonnier")  # it has more to learn
-    assert all(search["distill_searched"][key] == small["distill"]["progressive"][key] for key in taught)
-    assert search["calibrate_searched"] == small["calibrate"]["teacher"]
+    assert set(search) - set(small) == {"sensitivity"}
+    measured = ("seed", "dataset", "hardware", "prepare", "features", "anchor", "measure")
+    assert all(search[name] == small[name] for name in measured)
+    taught = ("teacher_steps", "teacher_solver", "student_steps", "batch_size", "charbonnier")
+    for params in (small, search):  # how long is their own
+        assert all(params["distill_searched"][key] == params["distill"]["progressive"][key] for key in taught)
+    assert search["calibrate_searched"] == search["calibrate"]["teacher"]
+
+
+def test_the_committed_graph_is_that_of_the_small_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_text(before, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["graph", "--methods-of", str(ROOT / "params.yaml")])
+    assert graph.main() == 0
+    assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == before
+
+
+def test_what_each_block_is_worth_is_a_stage_where_it_is_asked_for() -> None:
+    race = {"sizes": [2], "steps": [1], "unguided": 2}
+    assert "sensitivity" not in search_stages({"race": race})
+    assert "sensitivity" in search_stages({"race": race}, explained=True)
+    graph_of: dict[str, Any] = {"stages": {}}
+    for params, there in (({"sensitivity": {}}, True), ({}, False)):
+        set_search(graph_of, {"probe": {"race": race}, **params})
+        assert ("sensitivity" in graph_of["stages"]) is there
 
 
 def test_the_search_for_shapes_takes_their_preset_as_it_is() -> None:

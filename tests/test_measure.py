@@ -11,6 +11,7 @@ from ado_tasks import rng
 from ado_tasks.config import parse
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.errors import ConfigError
+from ado_tasks.hardware.latency import interleaved
 from ado_tasks.hardware.steps import FEW, MANY
 from ado_tasks.interop.diffusers_folder import write_model
 from ado_tasks.measure import MeasureConfig, measure
@@ -71,7 +72,7 @@ def test_a_step_is_timed_for_each_network_solver_and_batch(place: Path, monkeypa
     # A machine on which a batch takes 5 ms and each evaluation 2 more, whatever it is.
     monkeypatch.setattr(
         module, "interleaved",
-        lambda actions, rounds, _: {
+        lambda actions, rounds, _, **_options: {
             name: [action() is None or 5e-3 + 2e-3 * sampled[-1][3]] * rounds for name, action in actions.items()
         },
     )  # fmt: skip
@@ -88,6 +89,15 @@ def test_a_step_is_timed_for_each_network_solver_and_batch(place: Path, monkeypa
     for row in found:
         for steps in (FEW, MANY):
             assert (row["batch"], row["batch"], row["solver"], steps) in sampled
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_what_has_run_before_needs_no_unmeasured_round(warm: bool) -> None:
+    ran: list[str] = []
+    actions = {name: (lambda name=name: ran.append(name)) for name in "ab"}
+    seconds = interleaved(actions, 3, warm=warm)
+    assert ran == ([] if warm else ["a", "b"]) + ["a", "b", "b", "a", "a", "b"]
+    assert [len(taken) for taken in seconds.values()] == [3, 3]
 
 
 def test_nothing_is_timed_by_the_step_unless_asked(place: Path) -> None:

@@ -274,7 +274,7 @@ def test_weighing_for_a_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for name, unet in unets.items()
     }
     monkeypatch.setattr(weighing, "measure_capability", lambda report: here)
-    monkeypatch.setattr(weighing, "interleaved", lambda actions, rounds, on_round: {n: seconds[n] for n in actions})
+    monkeypatch.setattr(weighing, "interleaved", lambda actions, *_, **_options: {n: seconds[n] for n in actions})
     monkeypatch.setattr(weighing, "_peak_memory_mb", lambda action: None)
     profile(ProfileConfig(), out=tmp_path / "profile.json")
     event = {"task": "probe", "config": as_plain(parse(ProbeConfig, SETTINGS, "probe"))}

@@ -26,16 +26,18 @@ class Spread:
 
 
 def interleaved(
-    actions: Mapping[str, Callable[[], object]], rounds: int, on_round: Callable[[int], None] = lambda _: None
-) -> dict[str, list[float]]:
+    actions: Mapping[str, Callable[[], object]], rounds: int, on_round: Callable[[int], None] = lambda _: None,
+    *, warm: bool = False,
+) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of each action in each round. In a round every action runs once, one after another.
 
-    One unmeasured round goes first (kernels are compiled, caches filled). The order turns by one each round, so that no
-    action always follows the same one. An action must wait for its own result.
+    One unmeasured round goes first (kernels are compiled, caches filled), unless they are `warm`: each has run before.
+    The order turns by one each round, so that no action always follows the same one. An action must wait for its own
+    result.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     names = list(actions)
-    for action in actions.values():
+    for action in () if warm else actions.values():
         action()
     for number in range(rounds):
         shift = number % len(names)

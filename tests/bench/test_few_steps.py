@@ -47,8 +47,8 @@ def test_the_default_methods_spend_the_budget_and_keep_their_proportions():
             assert ways.cost(found) == pytest.approx(part.share * 300_000, rel=0.01)
     [matched] = methods["+ matching"]
     half = ways.scaled(matched.section, ways.cost(matched.section) / 2)
-    assert half.stage_steps == (400, 250, 175, 175)
-    assert half.matching.steps == (0, 0, 40, 75)
+    assert half.stage_steps == (225, 125, 160)
+    assert half.matching.steps == (0, 15, 90)
     assert methods["progressive"][0].section.matching is None
     assert matched.section.matching.adversarial is None
     assert methods["+ matching, adversarial"][0].section.matching.adversarial is not None
@@ -130,9 +130,10 @@ def test_methods_whose_names_differ_have_folders_that_differ():
     assert few_steps.folder_of(Path(), "+ matching", 3, "k") == Path("plus-matching/3-k")
 
 
-def test_the_sweep_that_is_kept_is_of_the_default_settings():
+def test_the_sweep_that_is_kept_is_of_the_settings_that_the_search_preset_kept():
+    preset = read_params(Path(__file__).parents[2] / "params.search.yaml")
     path = Path(few_steps.__file__).with_name("few_steps_sweep.yaml")
     methods = ways.read_methods(read_params(path), str(path))
     [default] = methods.pop("w0")
-    assert default.section == parse(DistillConfig, PARAMS["distill"]["progressive"], "x")
+    assert default.section == parse(DistillConfig, preset["distill"]["progressive"], "x")
     assert len({str(parts) for parts in methods.values()}) == len(methods)

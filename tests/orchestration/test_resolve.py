@@ -89,7 +89,11 @@ def test_our_own_graph_has_every_stage_once() -> None:
     assert [stage.name for stage in graph][:4] == ["prepare", "features", "profile", "train"]
     assert graph.stage("distill@progressive").task_id == "distill-progressive"
     assert graph.stage("evaluate").upstream == (
-        "prepare", "features", "anchor", "train", "distill@progressive", "calibrate@teacher",
+        "prepare", "features", "anchor", "train", "distill@progressive", "distill_searched", "search",
+        "calibrate_searched", "calibrate@teacher",
+    )  # fmt: skip
+    assert graph.stage("search").upstream == (
+        "train", *(f"probe@{lane}" for lane in range(4)), "probe_1@4", "probe_1@5", "weigh",
     )  # fmt: skip
     assert graph.stage("profile").always_changed
 
