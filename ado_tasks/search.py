@@ -60,12 +60,15 @@ def search(
         report: where figures and the picture go.
 
     Raises:
-        ConfigError: two probes of one name, or a limit on memory that nothing was measured for.
+        ConfigError: two probes of one name, not all lanes of one race, or a limit on memory that nothing was measured
+            for.
         ArtifactError: a probe is damaged, or was not weighed; a target, and nothing predicted for a network.
     """
     said = {folder.name: read_probe(folder) for folder in probes}
     if len(said) < len(probes):
         raise ConfigError(f"probes: {', '.join(map(str, probes))}: two of one name; allowed: different ones")
+    candidates = [read_model(folder) for folder in probes]
+    _check_whole(probes, candidates)
     told = read_json(measured, "networks")
     weighed, target = told["networks"], told.get("target")
     absent = sorted(name for name in (TEACHER, *said) if name not in weighed)
@@ -84,7 +87,7 @@ def search(
     speedup = counted[chosen.name]["speedup_vs_teacher"]["median"]
     origin = {} if target is None else {"latency": _origin(target)}
     reason = "; latency ".join([_reason(chosen, last, policy, speedup), *origin.values()])
-    cost = _cost(read_model(teacher), [read_model(each) for each in probes], list(said.values()))
+    cost = _cost(read_model(teacher), candidates, list(said.values()))
     with atomic_folder(out) as made:
         stored = read_model(folder)
         event = {"task": "search", "chosen": chosen.name, "policy": as_plain(config.policy), **origin}
@@ -103,6 +106,21 @@ def search(
         report.metric("share_of_training", cost["share_of_training"])
     report.picture("search", out / PICTURE)
     return SearchResult(chosen.name, chosen.quality_loss, speedup, origin.get("latency", "measured"))
+
+
+def _check_whole(probes: Sequence[Path], candidates: Sequence[StoredModel]) -> None:
+    """A graph made for a race of other sizes would choose among networks that were not tuned to the end.
+
+    Raises ConfigError.
+    """
+    sizes = {tuple(each.record["history"][-1]["config"]["race"]["sizes"]) for each in candidates}
+    lanes = {str(lane) for lane in range(sum(next(iter(sizes))))}
+    if len(sizes) > 1 or {folder.name for folder in probes} != lanes:
+        races = " and ".join(str(list(each)) for each in sorted(sizes))
+        raise ConfigError(
+            f"probes: {', '.join(folder.name for folder in probes)}: of a race of {races}; allowed: every lane of one "
+            "race, whose stages `python -m ado_tasks.graph --methods-of params.yaml` makes"
+        )
 
 
 def _predicted(measured: Path, target: Mapping[str, Any], weighed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ ARCHITECTURE = "models/architecture"  # the chosen one
 SEARCHED = "models/searched"  # the family of its students
 SCHEDULES = "schedules/architecture"  # where it should step itself
 CALIBRATE, SENSITIVITY = "calibrate_searched", "sensitivity"  # sections that a search may have or not, and their stages
+SECTIONS = ("weigh", "search", "distill_searched", SENSITIVITY, CALIBRATE)  # of a search, beside `probe`
 NAMES = re.compile(rf"probe(_guided|_\d+)?|weigh|search|distill_searched|{SENSITIVITY}|{CALIBRATE}", re.ASCII)  # stages
 _COMPARED = f" --architecture {ARCHITECTURE} --architecture-schedules {SCHEDULES}"  # by what compares students
 
@@ -94,8 +95,9 @@ def set_search(graph: Any, params: Mapping[str, Any]) -> None:
         ConfigError: there is something of a search, and no search; or as `search_stages`. The graph is as it was.
     """
     searches, calibrated, explained = (params.get(name) is not None for name in ("probe", CALIBRATE, SENSITIVITY))
-    if not searches and calibrated:
-        raise ConfigError(f"{CALIBRATE}: a section of a search, and there is no section probe; allowed: with it")
+    left = [name for name in SECTIONS if params.get(name) is not None and not searches]
+    if left:
+        raise ConfigError(f"{', '.join(left)}: of a search, and there is no section probe; allowed: with it")
     stages = search_stages(params["probe"], calibrated=calibrated, explained=explained) if searches else {}
     for name in [name for name in graph["stages"] if NAMES.fullmatch(name)]:
         del graph["stages"][name]

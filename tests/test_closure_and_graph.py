@@ -178,7 +178,8 @@ def test_a_stage_that_only_begins_like_one_of_the_search_stays() -> None:
         ("distill: {a b: {}}", "distill.a b: is the name of a folder"),
         ("distill: {1: {}}", "distill.1: is the name of a folder"),
         ("distill: {progressive: {}}\nprobe: 3", "probe: 3 is not allowed"),
-        ("distill: {progressive: {}}\ncalibrate_searched: {}", "calibrate_searched: a section of a search"),
+        ("distill: {progressive: {}}\ncalibrate_searched: {}", "calibrate_searched: of a search, and there is no"),
+        ("distill: {progressive: {}}\nweigh: {}\nsearch: {}", "weigh, search: of"),
         ("distill: {progressive: {}}\nprobe: {race: {sizes: [257], steps: [1]}}", "probe.race.sizes.0: 257"),
     ],
 )

@@ -117,11 +117,11 @@ def test_few_bits_pass_through_the_race_and_the_students(place: Path, tmp_path: 
         probe(parse(ProbeConfig, settings, "probe"), **{**given, "teacher": few}, out=tmp_path / "again" / "0")
 
 
-def fabricated(folder: Path, figures: dict[str, tuple[int, float, float]]) -> dict[str, Any]:
+def fabricated(folder: Path, figures: dict[str, tuple[int, float, float]], **settings: Any) -> dict[str, Any]:
     """Probes of (rung, quality loss, latency), a teacher of latency 1, and the file of `weigh`."""
     weighed = {"teacher": entry(1.0)}
     for lane, (rung, loss, latency) in figures.items():
-        event = {"task": "probe", "config": as_plain(parse(ProbeConfig, SETTINGS, "probe"))}
+        event = {"task": "probe", "config": as_plain(parse(ProbeConfig, SETTINGS | settings, "probe"))}
         write_model(folder / lane, network(4), Cosine().to_diffusers("v_prediction"), {"history": [event]})
         plain = {"point": [0], "rung": rung, "quality_loss": loss, "multiply_adds": 1, "parameters": 1, "kept": {}}
         write_json(folder / lane / "probe.json", plain)
@@ -187,6 +187,15 @@ def test_a_probe_that_was_not_weighed_is_named(tmp_path: Path) -> None:
         search(SearchConfig(), **given)
     with pytest.raises(ConfigError, match="two of one name"):
         search(SearchConfig(), **{**given, "probes": (tmp_path / "0", tmp_path / "0")})
+
+
+@pytest.mark.parametrize("sizes", [[4, 1], [3, 1, 1], [3]])
+def test_a_graph_for_a_race_of_other_sizes_is_named(tmp_path: Path, sizes: list[int]) -> None:
+    """Its lanes would be of other rungs than they were made for, and what was never tuned on be chosen."""
+    given = fabricated(tmp_path, FIGURES, race={"sizes": sizes, "steps": [1] * len(sizes), "unguided": 2})
+    with pytest.raises(ConfigError, match=r"probes: 0, 1, 2, 3: of a race of .*; allowed: every lane of one race"):
+        search(SearchConfig(), **given)
+    assert not given["out"].exists()
 
 
 def test_a_limit_on_memory_needs_memory_that_was_measured(tmp_path: Path) -> None:
@@ -277,7 +286,8 @@ def test_weighing_for_a_chip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(weighing, "interleaved", lambda actions, *_, **_options: {n: seconds[n] for n in actions})
     monkeypatch.setattr(weighing, "_peak_memory_mb", lambda action: None)
     profile(ProfileConfig(), out=tmp_path / "profile.json")
-    event = {"task": "probe", "config": as_plain(parse(ProbeConfig, SETTINGS, "probe"))}
+    race = {"sizes": [8], "steps": [1], "unguided": 2}
+    event = {"task": "probe", "config": as_plain(parse(ProbeConfig, {**SETTINGS, "race": race}, "probe"))}
     plain = {"point": [0], "rung": 0, "multiply_adds": 1, "parameters": 1, "kept": {}}
     for name, unet in unets.items():
         write_model(tmp_path / name, unet, Cosine().to_diffusers("v_prediction"), {"history": [event]})
