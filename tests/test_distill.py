@@ -334,8 +334,11 @@ def test_students_step_where_they_were_taught_to(taught: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "times", [(1, 0.5, 0), (1, 0.9, 0.9, 0.5, 0), (0.9, 0.8, 0.7, 0.6, 0), (1, 0.8, 0.7, 0.6, 0.1), (1, 2, 0.7, 0.6, 0)]
-)
+    "times", [
+        (1, 0.5, 0), (1, 0.9, 0.9, 0.5, 0), (0.9, 0.8, 0.7, 0.6, 0), (1, 0.8, 0.7, 0.6, 0.1), (1, 2, 0.7, 0.6, 0),
+        (1, 0.50000001, 0.5, 0.2, 0),
+    ],
+)  # fmt: skip
 def test_times_that_are_no_steps_are_refused(times: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match=r"distill\.progressive.*(5 falling numbers are required|less than or equal)"):
         parse(DistillConfig, {"student_steps": [4, 2, 1], "times": list(times)}, "distill.progressive")

@@ -30,6 +30,7 @@ from ado_tasks.report import Reporter
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
+APART = 1e-4  # least distance of two of a student's times: nearer ones may be one number in float32
 V = TypeVar("V", int, float)
 ASKED = ("z", "times", "labels")  # of a draw: what the teacher's target is computed from, in this order
 
@@ -90,9 +91,11 @@ class DistillConfig:
         if self.times is None:
             return self
         wanted = self.student_steps[0] + 1
-        falls = all(above > below for above, below in pairwise(self.times))
+        falls = all(above - below >= APART for above, below in pairwise(self.times))
         if len(self.times) != wanted or not falls or (self.times[0], self.times[-1]) != (1, 0):
-            raise ValueError(f"times: {self.times}: {wanted} falling numbers are required, from 1 to 0")
+            raise ValueError(
+                f"times: {self.times}: {wanted} falling numbers are required, from 1 to 0 and {APART} or more apart"
+            )
         return self
 
     def steps_of(self, stage: int) -> int:
