@@ -15,7 +15,7 @@ from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion import grids
 from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.errors import DivergenceError
-from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.interop.diffusers_folder import check_teacher, read_model
 from ado_tasks.optimise import cost, gits, ld3
 from ado_tasks.optimise.knots import Fit, fit_knots, on_timesteps, resampled
 from ado_tasks.pictures import plain_axes, save_figure
@@ -94,10 +94,12 @@ def calibrate(
 
     Raises:
         ArtifactError: the model or the dataset is damaged.
-        ConfigError: the model makes other images than the dataset's, or has fewer classes.
+        ConfigError: the model makes other images than the dataset's, has fewer classes, or is a student of few steps,
+            which has no fine solution.
         DivergenceError: a sample is not finite.
     """
     stored, part = read_model(model), open_dataset(dataset).split("selection")
+    check_teacher(stored, str(model))
     stored.unet.config.check_data(part.shape, part.num_classes, f"{model}/unet/config.json")
     sizes = {FIT: config.samples, VALIDATE: config.validation_samples}
     sizes |= {KEEP: config.samples} if "ld3" in config.learner else {}

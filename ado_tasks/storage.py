@@ -40,7 +40,9 @@ def named_storage_errors(path: Path) -> Iterator[None]:
             errno.EACCES: "permission denied",
             errno.EROFS: "the file system is read-only",
         }.get(problem.errno or 0, problem.strerror or str(problem))
-        where = problem.filename2 or problem.filename or path  # of a move: where to
+        # Of a move: where to, unless that is the temporary one.
+        named = [str(name) for name in (problem.filename2, problem.filename) if name and ".tmp-" not in str(name)]
+        where = next(iter(named), path)
         raise StorageError(f"{where}: {reason}; nothing was left under its final name") from problem
 
 

@@ -233,6 +233,16 @@ def test_a_model_with_fewer_classes_than_the_data_is_refused(dataset, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_student_of_few_steps_is_refused(dataset, tmp_path):
+    """What it makes in many steps is nothing that few should come near to."""
+    done = {"task": "distill", "method": "progressive", "steps": 4}
+    unet = UNet2D(UNet2DConfig.from_dict(TINY))
+    write_model(tmp_path / "4", unet, SCHEDULE.to_diffusers("v_prediction"), {"history": [done]})
+    with pytest.raises(ConfigError, match="a student of 4 steps, which knows no noise levels between"):
+        calibrate(SMALL, model=tmp_path / "4", dataset=dataset, out=tmp_path / "out", seed=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_diverges_is_named(model, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(Sampler, "denoiser", lambda self, labels: lambda z, t: z * float("nan"))
     with pytest.raises(DivergenceError, match="not finite"):

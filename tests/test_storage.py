@@ -68,6 +68,25 @@ def test_a_folder_in_the_place_of_a_file_is_named_by_its_own_name(tmp_path: Path
     assert everything(tmp_path) == ["choice.json"]
 
 
+def test_a_folder_that_cannot_step_aside_is_named_by_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that something is mounted on."""
+    (tmp_path / "model").mkdir()
+
+    def busy(self: Path, to: Path) -> None:
+        raise OSError(errno.EBUSY, "busy", str(self), None, str(to))
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with (
+        pytest.raises(StorageError, match=r"model: busy; nothing was left") as problem,
+        storage.atomic_folder(tmp_path / "model"),
+    ):
+        pass
+    assert ".tmp-" not in str(problem.value)
+    assert everything(tmp_path) == ["model"]
+
+
 def test_files_move_together_and_the_last_one_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[str] = []
     replace = Path.replace
