@@ -126,6 +126,23 @@ def methods_in(params: Path) -> list[str]:
     return list(found)
 
 
+def changed_stages(graph: Path, before: Path, after: Path) -> list[str]:
+    """Names of the stages that this graph would have differently for one params file than for another.
+
+    None where it is another project's: no stage `distill` with a matrix. Raises ConfigError as `--methods-of` does.
+    """
+    if not graph.is_file() or not read_graph(graph)["stages"].get("distill", {}).get("matrix"):
+        return []
+    one, other = (_of(read_graph(graph), params)["stages"] for params in (before, after))
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
+def _of(graph: Any, params: Path) -> Any:
+    set_methods(graph, methods_in(params))
+    set_search(graph, read_params(params))
+    return graph
+
+
 def _write(graph: Any, path: Path) -> None:
     text = io.StringIO()
     _yaml().dump(graph, text)
@@ -152,9 +169,7 @@ def main() -> int:
         if options.write:
             write_code_deps()
         if options.methods_of is not None:
-            graph = read_graph()
-            set_methods(graph, methods_in(options.methods_of))
-            set_search(graph, read_params(options.methods_of))
+            graph = _of(read_graph(), options.methods_of)
             renew_code_deps(graph)
             _write(graph, GRAPH)
         missing = missing_deps(read_graph())

@@ -13,6 +13,7 @@ import yaml
 
 from ado_tasks.endpoints import Endpoints
 from ado_tasks.errors import ConfigError
+from ado_tasks.graph import GRAPH, changed_stages
 from ado_tasks.orchestration import git_flow, outcome, overrides
 from ado_tasks.orchestration.failures import GraphError
 from ado_tasks.orchestration.graph import StageGraph
@@ -63,7 +64,7 @@ def plan(
         ConfigError: an override of a section that does not exist.
         DirtyTreeError: uncommitted changes in the project.
         GitError: the remote cannot be reached.
-        GraphShapeError: other stages or edges than the DAG has.
+        GraphShapeError: other stages or edges than the DAG has, or than the settings need.
     """
     git_flow.check_clean(places.git_remote)
     branch = git_flow.branch_name(run_id)
@@ -96,9 +97,22 @@ def _commit_settings(copy: Path, run_id: str, preset: str, changes: Mapping[str,
     text = overrides.apply(source.read_text(encoding="utf-8"), changes, preset)
     if text == (copy / PARAMS).read_text(encoding="utf-8"):
         return
+    before = copy.with_name(f"{copy.name}-{PARAMS}")  # goes with the folder of the clone
+    (copy / PARAMS).rename(before)
     (copy / PARAMS).write_text(text, encoding="utf-8")
+    _check_stages(changed_stages(copy / GRAPH, before, copy / PARAMS), preset, changes)
     lines = "\n".join([f"from {preset}", *(f"{name}: {value}" for name, value in changes.items())])
     git_flow.commit(copy, f"{PARAMS} of run {run_id}\n\n{lines}", PARAMS)
+
+
+def _check_stages(changed: Sequence[str], preset: str, changes: Mapping[str, Any]) -> None:
+    """Stages that a preset wants and `dvc.yaml` does not have would be left out, or run with settings of others."""
+    if changed:
+        asked = ", ".join([*([preset] if preset != PARAMS else []), *changes])
+        raise GraphShapeError(
+            f"{asked}: needs other stages than {GRAPH} has ({', '.join(changed)}). Commit the settings as {PARAMS}, "
+            f"and what `python -m ado_tasks.graph --methods-of {PARAMS}` makes of {GRAPH}, and the DAG follows"
+        )
 
 
 def _bring_resolved(remote: str, copy: Path) -> None:

@@ -1,6 +1,7 @@
 """The plan of a run: its branch, its settings, what would run, and when it is not worth beginning."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -96,6 +97,19 @@ def test_a_preset_becomes_the_params_of_the_run(project):
     assert yaml.safe_load(git(project.folder, "show", f"{found.branch}:params.yaml"))["first"]["x"] == 30
     with pytest.raises(ConfigError, match=r"params.huge.yaml.*there: params.large.yaml, params.yaml"):
         plan_of(project, run="other", preset="params.huge.yaml")
+
+
+def test_a_preset_that_needs_other_stages_is_refused_and_leaves_nothing(make_project):
+    """Its searches would be left out, or those of `dvc.yaml` run with no settings, hours after the run began."""
+    root = Path(__file__).parents[2]
+    names = ("dvc.yaml", "params.yaml", "params.shapes16.yaml")
+    made = make_project({name: (root / name).read_text(encoding="utf-8") for name in names})
+    made.commit()
+    for asked in ({"preset": "params.shapes16.yaml"}, {"changes": {"probe.race.sizes": [6, 2]}}):
+        with pytest.raises(GraphShapeError, match=r"(shapes16.yaml|probe.race.sizes): needs other .*probe.*methods-of"):
+            plan_of(made, **asked)
+    assert git(made.folder, "branch", "--list", "run/*") == ""
+    assert "train" in plan_of(made, changes={"train.steps": 3000}).to_run
 
 
 def test_a_second_attempt_finds_the_branch_of_the_first(project):
