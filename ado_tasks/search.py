@@ -11,7 +11,7 @@ from ado_tasks.architecture.choice import Measured, Policy, choose, pareto_front
 from ado_tasks.architecture.cost import multiply_adds, probe_multiply_adds
 from ado_tasks.config import as_plain, config
 from ado_tasks.errors import ArtifactError, ConfigError
-from ado_tasks.interop.diffusers_folder import StoredModel, extended, read_model, write_model
+from ado_tasks.interop.diffusers_folder import RECORD, StoredModel, extended, read_model, write_model
 from ado_tasks.optimise.cost import training_passes
 from ado_tasks.pictures import plain_axes, save_figure
 from ado_tasks.probe import read_probe
@@ -111,9 +111,9 @@ def search(
 def _check_whole(probes: Sequence[Path], candidates: Sequence[StoredModel]) -> None:
     """A graph made for a race of other sizes would choose among networks that were not tuned to the end.
 
-    Raises ConfigError.
+    Raises ConfigError, or ArtifactError where a probe's record does not say of which race it is.
     """
-    sizes = {tuple(each.record["history"][-1]["config"]["race"]["sizes"]) for each in candidates}
+    sizes = {_race_of(*each) for each in zip(probes, candidates, strict=True)}
     lanes = {str(lane) for lane in range(sum(next(iter(sizes))))}
     if len(sizes) > 1 or {folder.name for folder in probes} != lanes:
         races = " and ".join(str(list(each)) for each in sorted(sizes))
@@ -121,6 +121,13 @@ def _check_whole(probes: Sequence[Path], candidates: Sequence[StoredModel]) -> N
             f"probes: {', '.join(folder.name for folder in probes)}: of a race of {races}; allowed: every lane of one "
             "race, whose stages `python -m ado_tasks.graph --methods-of params.yaml` makes"
         )
+
+
+def _race_of(folder: Path, probe: StoredModel) -> tuple[int, ...]:
+    try:
+        return tuple(probe.record["history"][-1]["config"]["race"]["sizes"])
+    except (IndexError, KeyError, TypeError):
+        raise ArtifactError(f"{folder / RECORD}: does not end with what `probe` did, and of which race") from None
 
 
 def _predicted(measured: Path, target: Mapping[str, Any], weighed: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

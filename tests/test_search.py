@@ -198,6 +198,14 @@ def test_a_graph_for_a_race_of_other_sizes_is_named(tmp_path: Path, sizes: list[
     assert not given["out"].exists()
 
 
+def test_a_probe_that_does_not_say_its_race_is_damage(tmp_path: Path) -> None:
+    given = fabricated(tmp_path, FIGURES)
+    write(tmp_path / "2", network(4))
+    write_json(tmp_path / "2" / "probe.json", read_json(tmp_path / "1" / "probe.json"))
+    with pytest.raises(ArtifactError, match=r"2/ado\.json: does not end with what `probe` did"):
+        search(SearchConfig(), **given)
+
+
 def test_a_limit_on_memory_needs_memory_that_was_measured(tmp_path: Path) -> None:
     given = fabricated(tmp_path, FIGURES)
     with pytest.raises(ConfigError, match="max_peak_memory_mb: 1 is not allowed"):
