@@ -43,8 +43,13 @@ UNIFORM = "uniform"
 COLUMNS = {"shape", "size", "cx", "cy"}  # of index.parquet, where images are drawn shapes
 
 
-def learned_times(schedules: Path, steps: int) -> dict[str, tuple[float, ...]]:
+def learned_times(schedules: Path, steps: int, of: Sequence[int] = ()) -> dict[str, tuple[float, ...]]:
     """By name, times of so many steps: every so manyth knot of each schedule of DDIM, the first moved to 1.
+
+    Args:
+        schedules: folder made by `calibrate`.
+        steps: of the students' chain, its most.
+        of: only those learned for so many evaluations; all where there is none.
 
     Raises:
         ConfigError: there is none that the steps divide.
@@ -53,7 +58,7 @@ def learned_times(schedules: Path, steps: int) -> dict[str, tuple[float, ...]]:
     for path in sorted(schedules.glob("ddim-*.json")):
         knots = read_json(path, "times")["times"]
         every, rest = divmod(len(knots) - 1, steps)
-        if not rest:
+        if not rest and (not of or len(knots) - 1 in of):
             found[f"knots of {path.stem}"] = (1.0, *knots[::every][1:])
     if not found:
         raise ConfigError(f"{schedules}: no schedule of DDIM whose steps {steps} divides; `calibrate` learns them")
@@ -92,7 +97,10 @@ def compared(workspace: Workspace, options: argparse.Namespace) -> Iterator[dict
             found["agree"] = float(np.mean(agree(own, read, Tolerance(options.place, options.radius))))
         return found
 
-    ways = {UNIFORM: None, **learned_times(workspace.root / "schedules" / "teacher", options.students[0])}
+    ways = {
+        UNIFORM: None,
+        **learned_times(workspace.root / "schedules" / "teacher", options.students[0], options.learned),
+    }
     given = parse(DistillConfig, section(workspace.params, "distill.progressive"), "distill.progressive")
     for name, times in ways.items():
         for seed in options.seeds:
@@ -128,6 +136,7 @@ def main() -> int:
     parser.add_argument("--stage-steps", type=int, default=300, help="optimiser steps of each (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of each stage (default: %(default)s)")
     parser.add_argument("--teacher-steps", type=int, default=32, help="that the first student replaces")
+    parser.add_argument("--learned", type=int, nargs="*", default=[], help="schedules of so many evaluations only")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--family", nargs="*", default=[], help="families of the workspace to show beside them")
     parser.add_argument("--n", type=int, default=1000, help="samples")

@@ -19,5 +19,6 @@ def test_every_so_manyth_knot_of_each_schedule_that_the_steps_divide(tmp_path: P
     assert student_times.learned_times(tmp_path, 4) == {"knots of ddim-4": (1.0, 0.8, 0.6, 0.3, 0.0)}
     found = student_times.learned_times(tmp_path, 2)
     assert found == {"knots of ddim-4": (1.0, 0.6, 0.0), "knots of ddim-6": (1.0, 0.5, 0.0)}
+    assert list(student_times.learned_times(tmp_path, 2, of=[6])) == ["knots of ddim-6"]
     with pytest.raises(ConfigError, match="no schedule of DDIM whose steps 5 divides"):
         student_times.learned_times(tmp_path, 5)
