@@ -104,7 +104,7 @@ def rows_of(evaluation: "Run", runs: Sequence["Run"]) -> list[Row]:
             Row(
                 run=evaluation.info.run_id,
                 started_ms=evaluation.info.start_time,
-                architecture="unknown" if trained is None else architecture(trained.data.params),
+                architecture=_architecture(variant, trained),
                 variant=variant,
                 kid=None if kid is None or reference is None else kid - reference,
                 fd=figures.get(f"{variant}.fd"),
@@ -115,6 +115,13 @@ def rows_of(evaluation: "Run", runs: Sequence["Run"]) -> list[Row]:
             )
         )
     return rows
+
+
+def _architecture(variant: str, trained: "Run | None") -> str:
+    """Of the teacher, whose network its students have; a network that a search chose is in its own record only."""
+    if variant.startswith(("searched-", "architecture")):
+        return "searched"
+    return "unknown" if trained is None else architecture(trained.data.params)
 
 
 def architecture(params: Mapping[str, Any]) -> str:

@@ -43,17 +43,19 @@ class DistillConfig:
     teacher_steps: Annotated[int, Field(ge=2)] = 32  # steps of the teacher that the first student replaces
     teacher_solver: WalkSolver = "ddim"  # of those steps; later teachers are students, and take DDIM's
     student_steps: tuple[Annotated[int, Field(ge=1)], ...] = (8, 4, 2, 1)  # one stage each; each divides the one before
-    times: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None  # where the student of most steps takes them,
-    # from 1 to 0, the others every so manyth; steps of teachers lie evenly between. None: uniform
+    # Where the student of most steps takes them, from 1 to 0, the others every so manyth; steps of teachers lie evenly
+    # between. None: uniform
+    times: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     stage_steps: Count | tuple[Count, ...] = 500  # optimiser steps of each stage: one number, or one a stage
     batch_size: Annotated[int, Field(ge=1)] = 64  # images a step
     learning_rate: Rate | tuple[Rate, ...] = 1e-3  # at the start of each stage, falls to 0 in each; or one a stage
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest global norm of a gradient (Salimans & Ho 2022, table 5)
     loss: Literal["truncated_snr", "v"] = "truncated_snr"  # weight on ‖x̂ − x̃‖² (Salimans & Ho 2022, §4)
     charbonnier: Annotated[float, Field(ge=0)] = 0.0  # c of √(w‖·‖² + c²) − c, a pixel; 0: the paper's squared error
-    taught_by: Literal["previous", "first"] = "previous"  # who a later stage learns from: the student before it
-    # (Salimans & Ho 2022), or the teacher itself, in as many steps of its own as the first stage's: dearer, and nothing
-    # that a student has lost is handed on. Weights are inherited from the student before in both.
+    # Who a later stage learns from: the student before it (Salimans & Ho 2022), or the teacher itself, in as many steps
+    # of its own as the first stage's: dearer, and nothing that a student has lost is handed on. Weights are inherited
+    # from the student before in both.
+    taught_by: Literal["previous", "first"] = "previous"
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
     precision: Precision = "float32"  # of a pass of student or teacher; weights, state, matching's scores are float32
     targets_together: Annotated[int, Field(ge=1)] = 1  # steps whose targets are computed at once: faster, more memory

@@ -72,11 +72,13 @@ def merge_locks(tree: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
         tree: the workspace.
         entries: lock entries by stage name; "sub/dvc.yaml:train" belongs to `sub/dvc.lock`.
     """
+    together: dict[Path, dict[str, dict[str, Any]]] = {}
     for name, entry in entries.items():
-        path = tree / lock_file(name)
+        together.setdefault(tree / lock_file(name), {})[bare_name(name)] = dict(entry)
+    for path, stages in together.items():  # each file once: reading a long one takes seconds
         lock = _YAML.load(path.read_text(encoding="utf-8")) if path.exists() else None
         lock = lock or {"schema": "2.0", "stages": {}}
-        lock.setdefault("stages", {})[bare_name(name)] = dict(entry)
+        lock.setdefault("stages", {}).update(stages)
         with path.open("w", encoding="utf-8") as file:
             _YAML.dump(lock, file)
 
