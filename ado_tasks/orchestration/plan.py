@@ -197,4 +197,7 @@ def _reason(to_run: list[str], force: bool, stages: int) -> str:
         return f"{len(to_run)} of {stages} stages have something to do: {', '.join(to_run)}"
     if force:
         return f"nothing changed since the last run; forced, so all {stages} stages are restored and judged again"
-    return "nothing changed since the last run that came to an end: code, settings and data are the same"
+    return (
+        "nothing changed since the last run, or since what dvc.lock holds: code, settings and data are the same; "
+        "a forced run judges them again"
+    )
