@@ -97,6 +97,8 @@ def scaled(config: Section, budget: float) -> Section:
     factor = budget / cost(config)
     stages = range(len(config.student_steps))
     found = replace(config, stage_steps=tuple(max(1, round(factor * config.steps_of(stage))) for stage in stages))
+    if config.walks:
+        found = replace(found, walks=max(1, round(factor * config.walks)))
     if config.matching:
         matched = tuple(round(factor * steps) for steps in config.matching.steps)
         found = replace(found, matching=replace(config.matching, steps=matched))

@@ -1,21 +1,26 @@
 """Progressive distillation from a teacher's folder to its students': a chain, each taught by the one before."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ado_tasks.backend import mx
 from ado_tasks.config import as_plain, as_recorded
-from ado_tasks.datasets.shards import Dataset, open_dataset
-from ado_tasks.diffusion.schedules import schedule_from_diffusers
+from ado_tasks.datasets.shards import Dataset, Split, open_dataset
+from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
+from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.distillation.stopping import Stopping
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import StoredModel, check_teacher, read_model, steps_of_student, write_model
 from ado_tasks.models.quantised import bits_of, floating, quantised
+from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.cost import distillation_passes
 from ado_tasks.optimise.loop import Curve
 from ado_tasks.optimise.students import DistillConfig, Stage, with_weights
+from ado_tasks.optimise.walks import Walks, walked
+from ado_tasks.parallel import sharded_apply
 from ado_tasks.pictures import save_curves
 from ado_tasks.report import Reporter
 from ado_tasks.storage import atomic_folder, sha256_tree, write_json
@@ -57,10 +62,11 @@ def teach(
     key = run_key(__name__, as_plain(config), inputs, seed)
     part = data.split("train")
 
+    walks = _walks(config, first, part, schedule, kind, seed, scratch / f"{key}-walks", report)
     curves: dict[str, Curve] = {}
     weights: dict[int, Any] = {}
     for number, after in enumerate(config.student_steps):
-        stage = Stage(config, number, config.interval_of(number), schedule, kind, seed)
+        stage = Stage(config, number, config.interval_of(number), schedule, kind, seed, walks)
         teaching = first if number == 0 or config.taught_by == "first" else student
         checkpoints = Checkpoints.under(scratch, key + f"-{after}")
         weights[after], curves[f"{after} steps"] = stage.run(student, teaching, part, checkpoints, report)
@@ -85,10 +91,30 @@ def teach(
     report.picture("distillation", out / "distillation.png")
     spent = distillation_passes(_record(begins, config, list(weights)[-1], seed, None))
     report.metric("evaluations", spent.evaluations if spent else 0)
+    Checkpoints.under(scratch, f"{key}-walks").clear()
     for after in config.student_steps:
         Checkpoints.under(scratch, key + f"-{after}").clear()
         Checkpoints.under(scratch, key + f"-{after}-matched").clear()
     return {steps: curves[f"{steps} steps"][-1][1] for steps in weights}
+
+
+def _walks(
+    config: DistillConfig, teacher: UNet2D, part: Split, schedule: NoiseSchedule, kind: str, seed: int, scratch: Path,
+    report: Reporter,
+) -> Walks | None:  # fmt: skip
+    """The teacher's walks that every stage learns from, where the config asks for them."""
+    if config.walks is None:
+        return None
+    apply = sharded_apply(teacher, config.shards)
+
+    def denoising(labels: Sequence[mx.array]) -> Denoiser:
+        return make_denoiser(lambda z, timestep: apply(z, timestep, *labels), schedule, kind)
+
+    times = tuple(config.interval_of(0).grid().tolist())
+    return walked(
+        denoising, times, config.teacher_steps, config.teacher_solver, config.walks, part, schedule, seed,
+        scratch, report,
+    )  # fmt: skip
 
 
 def _other(start: Path, teacher: StoredModel, where: Path) -> StoredModel:
@@ -145,10 +171,13 @@ def _record(begins: StoredModel, config: DistillConfig, steps: int, seed: int, s
     method = "progressive, matching" if matched else "progressive"
     if matched and config.adversarial_weight_of(stage):
         method += ", adversarial"
-    unsaid = {"stop": "never", "targets_together": 1, "taught_by": "previous", "precision": "float32", "times": None}
+    unsaid = {"stop": "never", "targets_together": 1, "taught_by": "previous", "precision": "float32", "times": None,
+              "walks": None}  # fmt: skip
     settings = as_recorded(config, **unsaid)
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key
+    if config.matching and config.matching.hold_on_to == "teacher":
+        del settings["matching"]["hold_on_to"]  # the same
     grid = {"grid": "uniform_time"}
     if config.times is not None:
         grid = {"grid": "given", "times": config.interval_of(stage).grid().tolist()}

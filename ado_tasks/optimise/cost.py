@@ -73,18 +73,20 @@ def progressive_passes(config: Mapping[str, Any], steps: int) -> Passes:
     student's own n − 1 steps before the last and that last one, teacher and critic where it is noised, the stage's
     teacher again where regression holds on to it, then a gradient of the student and one of the critic. With an
     adversarial term half of the critic, where its features are narrowest, is gone through three times more: back to the
-    sample, and forth and back with real images.
+    sample, and forth and back with real images. Where students learn from walks, these come first, of teacher_steps
+    evaluations each, and no stage asks a teacher again.
     """
     students = list(config["student_steps"])
-    matching, total, before = config.get("matching"), NOTHING, config["teacher_steps"]
+    matching, walks, before = config.get("matching"), config.get("walks"), config["teacher_steps"]
+    total = Passes(walks * config["teacher_steps"], 0) if walks else NOTHING
     for stage, n in enumerate(students[: students.index(steps) + 1]):
         images = _of_stage(config["stage_steps"], stage) * config["batch_size"]
-        walk = (config["teacher_steps"] if config.get("taught_by") == "first" else before) // n
-        total += Passes(images * (walk + 1), images)
+        walk = max(1, (config["teacher_steps"] if config.get("taught_by") == "first" else before) // n)
+        total += Passes(images * ((0 if walks else walk) + 1), images)
         if matching:
             images = matching["steps"][stage] * matching["batch_size"]
-            again = walk if matching["regression"] else 0
-            total += Passes(images * (n + 2 + again + 2), images * 2)
+            known = not matching["regression"] or matching.get("hold_on_to") == "walks"
+            total += Passes(images * (n + 2 + (0 if known else walk) + 2), images * 2)
             if _weight(matching.get("adversarial"), stage):
                 total += Passes(images // 2, images)
         before = n

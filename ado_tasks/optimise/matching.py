@@ -10,7 +10,7 @@ a say too: see optimise/adversarial.py.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -51,6 +51,9 @@ class MatchingConfig:
     learning_rate: Rate | tuple[Rate, ...] = 3e-4  # of the student, falls to 0; one number, or one for each student
     critic_learning_rate: Rate = 3e-3  # falls to half
     regression: Annotated[float, Field(ge=0)] = 0.05  # weight of staying near what the stage's teacher makes
+    # or, where students learn from walks, near the ends of these: of the pictures that the first teacher makes from the
+    # same noise. Samples then come from the walks' noises alone, of which there must be many
+    hold_on_to: Literal["teacher", "walks"] = "teacher"
     lowest_time: Time = 0.02  # samples are noised to times between
     highest_time: Time = 0.98  # these (Yin et al. 2024a, §3.2)
     average: Annotated[float, Field(ge=0, lt=1)] = 0.95  # decay of the averaged weights, which are what is kept
@@ -169,7 +172,9 @@ class Matching:
         if slope is not None:
             target = target - self.adversarial_pull(slope, batch["student_time"])
         found = {"z": z, "t": times[0][:, 0], "sample": x, "target": target}
-        if self.config.regression:
+        if self.config.regression and "end" in batch:  # where the first teacher's walk from this noise ends
+            found["regression"] = batch["end"]
+        elif self.config.regression:
             before = self.denoiser(nets["before"], weights["before"], batch)
             found["regression"] = distillation_target(before, z, times[0], self.schedule, self.solver)
         return found

@@ -10,7 +10,9 @@ through the knots is at u. A teacher may decide most of a picture in a short tim
 uniform steps leave all of it to one of them.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -60,15 +62,52 @@ def teacher_walk(
     (Lu et al. 2022b, algorithm 2; h in log-SNR), but for a step to t = 0: as near to the teacher's exact solution in
     half the evaluations and fewer.
     """
-    z, before = z_t, None
+    z = z_t
+    for k, (start, estimate) in enumerate(_legs(teacher, z_t, times, schedule, solver)):
+        z = ddim_step(estimate, start, *levels(times[:, k], z_t, schedule), *levels(times[:, k + 1], z_t, schedule))
+    return z
+
+
+def states_on_the_way(
+    teacher: Denoiser,
+    z_t: mx.array,
+    times: np.ndarray,
+    stops: Sequence[float],
+    schedule: NoiseSchedule,
+    solver: WalkSolver = "ddim",
+) -> list[mx.array]:
+    """Where such a walk from z_t (B, H, W, C) along `times` (K + 1,), the same for all, passes each time of `stops`.
+
+    A step of either solver is a line of constant estimate, and so is a part of it: a stop between two times is on the
+    walk, which does not change for it and costs nothing more.
+
+    Raises:
+        ValueError: stops do not fall, or one does not lie below times[0] and at or above times[-1].
+    """
+    if not all(above > below for above, below in pairwise((times[0], *stops))) or stops[-1] < times[-1]:
+        raise ValueError(f"stops must fall from below {times[0]:.6g} to {times[-1]:.6g} at least, got {list(stops)}")
+    rows = mx.broadcast_to(mx.array(times.astype(np.float32)), (len(z_t), len(times)))
+    found, waiting = [], list(stops)
+    for k, (z, estimate) in enumerate(_legs(teacher, z_t, rows, schedule, solver)):
+        while waiting and waiting[0] >= times[k + 1]:
+            stop = mx.full((len(z_t),), waiting.pop(0), dtype=mx.float32)
+            found.append(ddim_step(estimate, z, *levels(rows[:, k], z, schedule), *levels(stop, z, schedule)))
+    return found
+
+
+def _legs(
+    teacher: Denoiser, z: mx.array, times: mx.array, schedule: NoiseSchedule, solver: WalkSolver
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Where each step of a walk begins, and the estimate of the image that it keeps to until the next."""
+    before = None
     for k in range(times.shape[1] - 1):
         t, s = times[:, k], times[:, k + 1]
         x_hat = teacher(z, t)
         estimate = x_hat
         if solver == "dpmpp_2m" and before is not None:
             estimate = x_hat + _extrapolation(times[:, k - 1], t, s, z, schedule) * (x_hat - before)
-        z, before = ddim_step(estimate, z, *_levels(t, z, schedule), *_levels(s, z, schedule)), x_hat
-    return z
+        yield z, estimate
+        z, before = ddim_step(estimate, z, *levels(t, z, schedule), *levels(s, z, schedule)), x_hat
 
 
 def _extrapolation(before: mx.array, t: mx.array, s: mx.array, like: mx.array, schedule: NoiseSchedule) -> mx.array:
@@ -96,15 +135,16 @@ def distillation_target(
 ) -> mx.array:
     """x̃ for noisy images z_t (B, H, W, C) that stand at times[:, 0], the start of their intervals. No gradient."""
     z_end = teacher_walk(teacher, z_t, times, schedule, solver)
-    t, s = _levels(times[:, 0], z_t, schedule), _levels(times[:, -1], z_t, schedule)
+    t, s = levels(times[:, 0], z_t, schedule), levels(times[:, -1], z_t, schedule)
     return mx.stop_gradient(target(z_end, z_t, *t, *s))
 
 
 def student_step(x: mx.array, z_t: mx.array, times: mx.array, schedule: NoiseSchedule) -> mx.array:
     """One student DDIM step over the whole interval with x as its x̂: with the exact target it lands on z''."""
-    return ddim_step(x, z_t, *_levels(times[:, 0], z_t, schedule), *_levels(times[:, -1], z_t, schedule))
+    return ddim_step(x, z_t, *levels(times[:, 0], z_t, schedule), *levels(times[:, -1], z_t, schedule))
 
 
-def _levels(t: mx.array, like: mx.array, schedule: NoiseSchedule) -> tuple[mx.array, mx.array]:
+def levels(t: mx.array, like: mx.array, schedule: NoiseSchedule) -> tuple[mx.array, mx.array]:
+    """(alpha, sigma) at times (B,), to multiply images like `like` (B, …) with."""
     alpha, sigma = schedule.alpha_sigma(t)
     return expand(alpha, like), expand(sigma, like)

@@ -23,8 +23,9 @@ from ado_tasks.optimise.batches import images_of_step, labels_of
 from ado_tasks.optimise.checkpoints import Checkpoints
 from ado_tasks.optimise.loop import Curve, Loop, Step
 from ado_tasks.optimise.matching import Matching, MatchingConfig, MatchingStep
-from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
+from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target, levels, target
 from ado_tasks.optimise.steps import TrainStep
+from ado_tasks.optimise.walks import Walks
 from ado_tasks.parallel import sharded_apply
 from ado_tasks.report import Reporter
 
@@ -57,6 +58,9 @@ class DistillConfig:
     # from the student before in both.
     taught_by: Literal["previous", "first"] = "previous"
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
+    # Noises from which the first teacher walks to images once, in teacher_steps uniform steps; every stage then learns
+    # from the states on these walks: see optimise/walks.py. None: from noised images, the teacher asked at each step
+    walks: Annotated[int, Field(ge=1)] | None = None
     precision: Precision = "float32"  # of a pass of student or teacher; weights, state, matching's scores are float32
     targets_together: Annotated[int, Field(ge=1)] = 1  # steps whose targets are computed at once: faster, more memory
     checkpoint_every: Annotated[int, Field(ge=1)] = 250  # steps
@@ -65,8 +69,9 @@ class DistillConfig:
 
     @model_validator(mode="after")
     def _stages_divide(self) -> Self:
-        for before, after in pairwise((self.teacher_steps, *self.student_steps)):
-            if after >= before or before % after:
+        for stage, (before, after) in enumerate(pairwise((self.teacher_steps, *self.student_steps))):
+            anywhere = stage == 0 and self.walks is not None
+            if after >= before or (before % after and not anywhere):
                 raise ValueError(
                     f"a student of {after} steps cannot replace {before} steps: it must be a smaller divisor"
                 )
@@ -100,6 +105,23 @@ class DistillConfig:
             )
         return self
 
+    @model_validator(mode="after")
+    def _walks_fit(self) -> Self:
+        ends = self.matching is not None and self.matching.hold_on_to == "walks"
+        if self.walks is None:
+            if ends:
+                raise ValueError(
+                    "matching.hold_on_to: walks, and there are none; allowed: teacher, or a number of walks"
+                )
+            return self
+        if self.taught_by == "first" or self.targets_together > 1:
+            raise ValueError(
+                "walks: they are all that is taught by; allowed: without taught_by: first and targets_together"
+            )
+        if ends and self.matching and self.matching.adversarial:
+            raise ValueError("matching.hold_on_to: walks is not supported with matching.adversarial; allowed: teacher")
+        return self
+
     def steps_of(self, stage: int) -> int:
         """Optimiser steps of a stage."""
         return _of_stage(self.stage_steps, stage)
@@ -111,7 +133,7 @@ class DistillConfig:
     def walk_of(self, stage: int) -> int:
         """Steps that the teacher of a stage takes in the place of one of the student's."""
         first = stage == 0 or self.taught_by == "first"
-        return (self.teacher_steps if first else self.student_steps[stage - 1]) // self.student_steps[stage]
+        return max(1, (self.teacher_steps if first else self.student_steps[stage - 1]) // self.student_steps[stage])
 
     def interval_of(self, stage: int) -> Interval:
         """Where the student of a stage steps, and its teacher between."""
@@ -156,18 +178,22 @@ class Stage:
     schedule: NoiseSchedule
     kind: str
     seed: int
+    walks: Walks | None = None  # where students learn from these
 
     def run(
         self, student: UNet2D, teacher: UNet2D, part: Split, checkpoints: Checkpoints, report: Reporter
     ) -> tuple[Any, Curve]:
         """Teach a student that starts from the weights it has; returns its new weights and the loss curve."""
-        frozen = with_weights(teacher, lowered(teacher.parameters(), self.config.precision))
-        targets, start = self.targets(frozen), student.parameters()
+        if self.walks:
+            batches = self.batch_of_legs
+        else:
+            frozen = with_weights(teacher, lowered(teacher.parameters(), self.config.precision))
+            batches = self.batches(part, self.targets(frozen))
         loss = self.loss(UNet2D(student.config))
-        step = TrainStep(loss, start, clip=self.config.clip, ema_decay=None, shards=self.config.shards)
+        step = TrainStep(loss, student.parameters(), clip=self.config.clip, ema_decay=None, shards=self.config.shards)
         curve = self._repeat(
             step, f"distill_{self.interval.student_steps}", self.config.steps_of(self.number),
-            self.batches(part, targets), self.learning_rate_at, checkpoints, report, 0,
+            batches, self.learning_rate_at, checkpoints, report, 0,
         )  # fmt: skip
         return step.parameters(), curve
 
@@ -186,9 +212,13 @@ class Stage:
             self.config.solver_of(self.number), self.config.precision,
         )  # fmt: skip
         step = MatchingStep(matching, student, before, first, self.config.clip, self.config.shards, part.shape)
+
+        def batch(index: int) -> dict[str, mx.array]:
+            return {**matching.batch(part, index), **self.ends_of_walks(index)}
+
         curve = self._repeat(
-            step, f"match_{self.interval.student_steps}", matching.steps, lambda index: matching.batch(part, index),
-            matching.learning_rate_at, checkpoints, report, self.config.steps_of(self.number),
+            step, f"match_{self.interval.student_steps}", matching.steps, batch, matching.learning_rate_at,
+            checkpoints, report, self.config.steps_of(self.number),
         )  # fmt: skip
         return step.parameters(), curve
 
@@ -204,6 +234,21 @@ class Stage:
             report_offset=done + offset, report_total=self.config.total_steps(),
         )  # fmt: skip
         return loop.run(step)["training"]
+
+    def batch_of_legs(self, step: int) -> dict[str, mx.array]:
+        """States at the student's times on the teacher's walks, each with the x̃ that leads to the next."""
+        assert self.walks is not None
+        batch, leg = self.walks.legs(step, self.config.batch_size, self.interval.student_steps)
+        grid, z = self.interval.grid(), batch["z"]
+        t, s = (mx.array(times.astype(np.float32)) for times in (grid[leg], grid[leg + 1]))
+        wanted = target(batch.pop("end"), z, *levels(t, z, self.schedule), *levels(s, z, self.schedule))
+        return {**batch, "t": t, "target": wanted, "weight": losses.weight(self.config.loss)(self.schedule.log_snr(t))}
+
+    def ends_of_walks(self, step: int) -> dict[str, mx.array]:
+        """What matching samples from and holds on to: noises of walks and their ends, where it is to."""
+        if self.walks is None or self.config.matching is None or self.config.matching.hold_on_to == "teacher":
+            return {}
+        return self.walks.pairs(step, self.config.matching.batch_size, self.interval.student_steps)
 
     def learning_rate_at(self, step: int) -> float:
         """Linear to 0 within the stage (Salimans & Ho 2022, appendix): exactly 0 at its last step."""

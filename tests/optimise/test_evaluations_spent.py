@@ -119,6 +119,23 @@ def test_progressive_distillation_with_matching(
     assert training_passes(records[0]) == training_passes(history(teacher))
 
 
+@pytest.mark.parametrize("hold_on_to", ["teacher", "walks"])
+def test_walks_are_counted_once_and_no_stage_asks_a_teacher_again(
+    place: Path, teacher: Path, counted: dict[str, int], hold_on_to: Any
+) -> None:
+    config = DistillConfig(
+        walks=600, teacher_steps=10, student_steps=(4, 2, 1), stage_steps=(3, 2, 1), batch_size=6,
+        matching=MatchingConfig(steps=(2, 0, 3), batch_size=5, hold_on_to=hold_on_to),
+    )  # fmt: skip
+    out = place / f"walks, {hold_on_to}"
+    distill(config, teacher=teacher, dataset=place / "data", out=out, scratch=place / "scratch", seed=0)
+    found = distillation_passes(history(out / "1"))
+    assert found == Passes(counted["forward"], counted["backward"])
+    matched = 2 * 5 * (4 + 4 + 4) + 3 * 5 * (1 + 4 + 4)
+    held = 2 * 5 * 2 + 3 * 5 * 2 if hold_on_to == "teacher" else 0  # 10 steps for 4, and 2 for 1
+    assert found is not None and found.evaluations == 600 * 10 + 6 * 6 * 3 + matched + held
+
+
 def test_consistency_tuning_and_the_search_for_its_points(place: Path, teacher: Path, counted: dict[str, int]) -> None:
     config = ConsistencyConfig(
         steps=4, batch_size=7, warmup_steps=1, student_steps=(3, 1), search_samples=50, search_levels=4

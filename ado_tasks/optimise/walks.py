@@ -1,0 +1,108 @@
+"""Walks of a teacher from noise to image, walked once and kept, that every student of few steps learns from.
+
+Progressive distillation shows a student noised images and asks the teacher anew at every step. Here the teacher walks
+from each of a set of noises, as Luhman & Luhman 2021 (arXiv:2101.02388) make their pairs of noise and image, and what
+is kept are the states at which a walk passes the times of the student of most steps. Every student finds its own
+among them. So a target is used many times and by every stage, what would be most of the cost goes into optimiser steps
+instead, and no student learns what another has lost. And a student sees the states that sampling goes through, those
+of the teacher's own sampler where it walks that.
+
+The price: what is learned from few walks is learned by heart. More noises are what it then asks for, not more steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ado_tasks import rng
+from ado_tasks.backend import mx
+from ado_tasks.datasets.shards import Split
+from ado_tasks.diffusion.denoiser import Denoiser
+from ado_tasks.diffusion.schedules import NoiseSchedule
+from ado_tasks.errors import ArtifactError, DivergenceError
+from ado_tasks.optimise.batches import images_of_step
+from ado_tasks.optimise.progressive import WalkSolver, states_on_the_way
+from ado_tasks.report import Reporter
+from ado_tasks.storage import load_arrays, save_arrays
+
+Denoising = Callable[[Sequence[mx.array]], Denoiser]  # labels (none or one array of them) to the teacher with them
+AT_ONCE = 512  # walks at the same time, and in one file of what is kept
+
+
+@dataclass(frozen=True)
+class Walks:
+    """Walks of one teacher: states[:, 0] is noise, states[:, k] where the k-th time is passed."""
+
+    times: tuple[float, ...]  # of the student of most steps, from 1 to 0
+    states: npt.NDArray[np.float32]  # (count, N + 1, H, W, C)
+    labels: npt.NDArray[np.int32] | None  # (count,); None where there are no classes
+    seed: int
+
+    def legs(self, step: int, size: int, student_steps: int) -> tuple[dict[str, mx.array], npt.NDArray[np.intp]]:
+        """One leg of each of `size` walks, from one of a student's times to its next: for one optimiser step.
+
+        Returns:
+            "z" and "end", where each begins and ends, (size, H, W, C), and "labels" (size,) where there are classes;
+            and the number of each leg, (size,), from 0 for the one that begins in noise: each as often, to within one.
+        """
+        rows, every = self._rows(step, size, "distill", student_steps), (len(self.times) - 1) // student_steps
+        generator = rng.generator(self.seed, "walks", student_steps, "leg", step)
+        leg = np.floor((generator.permutation(size) + generator.random()) * student_steps / size).astype(np.intp)
+        begins, ends = (mx.array(self.states[rows, place]) for place in (leg * every, (leg + 1) * every))
+        return {"z": begins, "end": ends, **self._labels(rows)}, leg
+
+    def pairs(self, step: int, size: int, student_steps: int) -> dict[str, mx.array]:
+        """Walks from end to end, in an order of their own: "noise" and "end" (size, H, W, C), and "labels"."""
+        rows = self._rows(step, size, "match", student_steps)
+        return {
+            "noise": mx.array(self.states[rows, 0]), "end": mx.array(self.states[rows, -1]), **self._labels(rows)
+        }  # fmt: skip
+
+    def _rows(self, step: int, size: int, purpose: str, student_steps: int) -> np.ndarray:
+        return images_of_step(len(self.states), size, rng.derive(self.seed, "walks", purpose, student_steps), step)
+
+    def _labels(self, rows: np.ndarray) -> dict[str, mx.array]:
+        return {} if self.labels is None else {"labels": mx.array(self.labels[rows])}
+
+
+def walked(
+    denoising: Denoising, times: tuple[float, ...], teacher_steps: int, solver: WalkSolver, count: int, part: Split,
+    schedule: NoiseSchedule, seed: int, scratch: Path, report: Reporter,
+) -> Walks:  # fmt: skip
+    """Let the teacher walk from `count` noises in `teacher_steps` uniform steps of its solver.
+
+    Labels are as frequent as in `part`. What has been walked is kept in `scratch`, from where a run that was
+    interrupted goes on; a damaged file is walked anew.
+
+    Raises:
+        DivergenceError: a state is not finite.
+    """
+    labels = None
+    if part.num_classes:
+        labels = part.labels[images_of_step(len(part), count, rng.derive(seed, "walks", "labels"), 0)].astype(np.int32)
+    grid = 1 - np.arange(teacher_steps + 1) / teacher_steps
+    pieces = []
+    for first in range(0, count, AT_ONCE):
+        path, here = scratch / f"walks-{first:08d}.safetensors", np.arange(first, min(first + AT_ONCE, count))
+        states = _kept(path)
+        if states is None:
+            noise = mx.random.normal((len(here), *part.shape), key=rng.key(seed, "walks", "noise", first))
+            teacher = denoising([] if labels is None else [mx.array(labels[here])])
+            passed = [noise, *states_on_the_way(teacher, noise, grid, times[1:], schedule, solver)]
+            states = np.stack([np.array(state) for state in passed], axis=1)
+            if not np.isfinite(states).all():
+                raise DivergenceError(f"walks of the teacher are not finite ({teacher_steps} steps of {solver})")
+            save_arrays(path, {"states": states})
+        pieces.append(states)
+        report.progress(min(first + AT_ONCE, count), count)
+    return Walks(times, np.concatenate(pieces), labels, seed)
+
+
+def _kept(path: Path) -> npt.NDArray[np.float32] | None:
+    try:
+        return np.array(load_arrays(path)["states"])
+    except (ArtifactError, KeyError):
+        return None

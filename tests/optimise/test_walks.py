@@ -1,0 +1,153 @@
+"""Walks that are walked once: what is kept of them, and what a student of few steps is shown."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ado_tasks import rng
+from ado_tasks.backend import mx
+from ado_tasks.datasets.shards import Split, open_dataset
+from ado_tasks.diffusion.oracles import gaussian_denoiser, gaussian_solution
+from ado_tasks.diffusion.schedules import Cosine
+from ado_tasks.diffusion.solvers import ddim, ddim_step, dpmpp_2m
+from ado_tasks.errors import DivergenceError
+from ado_tasks.optimise import walks as module
+from ado_tasks.optimise.progressive import WalkSolver, levels, states_on_the_way, target
+from ado_tasks.optimise.walks import Walks, walked
+from ado_tasks.prepare import PrepareConfig, prepare
+from ado_tasks.report import SILENT, Recorder, StopWhen
+
+SCHEDULE = Cosine()
+TIMES = (1.0, 0.9, 0.85, 0.6, 0.0)
+SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
+
+
+def bent(z: mx.array, t: mx.array) -> mx.array:
+    """A denoiser that is no straight line in z or t."""
+    return mx.tanh(2 * z) * (1 - 0.5 * t[:, None, None, None]) + 0.1 * mx.sin(5 * t[:, None, None, None])
+
+
+def uniform(steps: int) -> np.ndarray:
+    return 1 - np.arange(steps + 1) / steps
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    folder = tmp_path_factory.mktemp("walks") / "data"
+    prepare(PrepareConfig(name="digits", source="digits"), out=folder, seed=0)
+    return open_dataset(folder).split("train")
+
+
+def walk(part: Split, scratch: Path, count: int = 10, solver: WalkSolver = "ddim", seed: int = 0) -> Walks:
+    return walked(lambda _: bent, TIMES, 10, solver, count, part, SCHEDULE, seed, scratch, SILENT)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_a_walk_ends_where_the_sampler_ends_wherever_it_is_looked_at(solver: WalkSolver) -> None:
+    noise = mx.random.normal((3, 4, 4, 1), key=rng.key(0, "walk"))
+    states = states_on_the_way(bent, noise, uniform(10), TIMES[1:], SCHEDULE, solver)
+    assert len(states) == len(TIMES) - 1
+    end = np.array(SAMPLERS[solver](bent, noise, uniform(10), SCHEDULE))
+    np.testing.assert_allclose(np.array(states[-1]), end, atol=2e-5)
+
+
+def test_at_a_time_of_the_teachers_own_the_state_is_its_own_and_between_two_on_the_line_between() -> None:
+    noise = mx.random.normal((3, 4, 4, 1), key=rng.key(0, "walk"))
+    _, trajectory = ddim(bent, noise, uniform(10), SCHEDULE, trajectory=True)
+    at, between = states_on_the_way(bent, noise, uniform(10), (0.9, 0.85), SCHEDULE)
+    np.testing.assert_allclose(np.array(at), np.array(trajectory[1]), atol=1e-6)
+    t = mx.full((3,), 0.9)
+    half = ddim_step(bent(at, t), at, *levels(t, at, SCHEDULE), *levels(mx.full((3,), 0.85), at, SCHEDULE))
+    np.testing.assert_allclose(np.array(between), np.array(half), atol=1e-6)
+    assert float(mx.abs(between - (at + trajectory[2]) / 2).max()) > 1e-4  # of constant estimate, not of pixels
+
+
+def test_a_fine_walk_is_the_exact_solution_where_it_is_known() -> None:
+    noise, spread = mx.random.normal((2, 4, 4, 1), key=rng.key(0, "exact")), 0.5
+    states = states_on_the_way(gaussian_denoiser(SCHEDULE, spread), noise, uniform(400), TIMES[1:], SCHEDULE)
+    for time, state in zip(TIMES[1:], states, strict=True):
+        exact = gaussian_solution(noise, 1.0, time, SCHEDULE, spread)
+        np.testing.assert_allclose(np.array(state), np.array(exact), atol=0.01)
+
+
+@pytest.mark.parametrize("stops", [(0.5, 0.6), (1.0, 0.0), (0.5, 0.5), (0.5, -0.1)])
+def test_stops_that_no_walk_passes_are_refused(stops: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="stops must fall"):
+        states_on_the_way(bent, mx.zeros((1, 2, 2, 1)), uniform(4), stops, SCHEDULE)
+
+
+@pytest.mark.parametrize("steps", [4, 2, 1])
+def test_a_leg_goes_from_one_of_the_students_times_to_its_next(part: Split, tmp_path: Path, steps: int) -> None:
+    walks = walk(part, tmp_path)
+    batch, leg = walks.legs(3, 8, steps)
+    every = 4 // steps
+    for z, end, number in zip(np.array(batch["z"]), np.array(batch["end"]), leg, strict=True):
+        row = int(np.flatnonzero((walks.states[:, number * every] == z).all(axis=(1, 2, 3)))[0])
+        np.testing.assert_array_equal(walks.states[row, (number + 1) * every], end)
+    assert Counter(leg.tolist()) == dict.fromkeys(range(steps), 8 // steps)
+
+
+def test_the_target_of_a_leg_leads_to_its_end(part: Split, tmp_path: Path) -> None:
+    batch, leg = walk(part, tmp_path).legs(0, 8, 4)
+    grid = np.array(TIMES, dtype=np.float32)
+    z = batch["z"]
+    here, there = (levels(mx.array(grid[at]), z, SCHEDULE) for at in (leg, leg + 1))
+    landed = ddim_step(target(batch["end"], z, *here, *there), z, *here, *there)
+    np.testing.assert_allclose(np.array(landed), np.array(batch["end"]), atol=1e-5)
+
+
+def test_pairs_are_the_ends_of_a_walk_and_come_in_another_order_than_legs(part: Split, tmp_path: Path) -> None:
+    walks = walk(part, tmp_path)
+    pairs, (legs, _) = walks.pairs(0, 10, 1), walks.legs(0, 10, 1)
+    rows = [int(np.flatnonzero((walks.states[:, 0] == z).all(axis=(1, 2, 3)))[0]) for z in np.array(pairs["noise"])]
+    assert sorted(rows) == list(range(10))
+    np.testing.assert_array_equal(np.array(pairs["end"]), walks.states[rows, -1])
+    assert walks.labels is not None
+    np.testing.assert_array_equal(np.array(pairs["labels"]), walks.labels[rows])
+    assert not np.array_equal(np.array(legs["z"]), np.array(pairs["noise"]))
+
+
+def test_labels_are_as_frequent_as_in_the_train_part(part: Split, tmp_path: Path) -> None:
+    labels = walk(part, tmp_path, count=len(part)).labels
+    assert labels is not None
+    np.testing.assert_array_equal(np.bincount(labels), np.bincount(part.labels))
+
+
+def test_what_was_walked_is_kept_and_what_is_damaged_is_walked_anew(
+    part: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 4)
+    whole = walk(part, tmp_path / "whole")
+    asked: list[int] = []
+
+    def denoise(z: mx.array, t: mx.array) -> mx.array:
+        asked.append(len(z))
+        return bent(z, t)
+
+    def again(report: object) -> Walks:
+        asked.clear()
+        return walked(
+            lambda _: denoise, TIMES, 10, "ddim", 10, part, SCHEDULE, 0, tmp_path / "stopped", report,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        again(StopWhen(lambda: len(asked) >= 20))
+    assert asked == [4] * 20
+    (tmp_path / "stopped" / "walks-00000000.safetensors").write_bytes(b"half a file")
+    recorder = Recorder()
+    resumed = again(recorder)
+    assert asked == [4] * 10 + [2] * 10  # the damaged one and the last; the second was there
+    np.testing.assert_array_equal(resumed.states, whole.states)
+    assert [(done, total) for done, total, _ in recorder.steps] == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_walks_depend_on_the_seed(part: Split, tmp_path: Path) -> None:
+    assert not np.array_equal(walk(part, tmp_path / "0").states, walk(part, tmp_path / "1", seed=1).states)
+
+
+def test_a_walk_to_nowhere_is_named(part: Split, tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match="10 steps of ddim"):
+        walked(lambda _: lambda z, t: z * mx.inf, TIMES, 10, "ddim", 3, part, SCHEDULE, 0, tmp_path, SILENT)
+    assert not list(tmp_path.iterdir())

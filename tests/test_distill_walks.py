@@ -1,0 +1,147 @@
+"""The task `distill` where students learn from walks that the teacher walked once."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ado_tasks.config import parse
+from ado_tasks.datasets.shards import open_dataset
+from ado_tasks.diffusion.grids import uniform_time
+from ado_tasks.distill import distill
+from ado_tasks.errors import ConfigError
+from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.optimise.cost import distillation_passes
+from ado_tasks.optimise.matching import MatchingConfig
+from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.prepare import PrepareConfig, prepare
+from ado_tasks.report import StopWhen
+from ado_tasks.sampling import Sampler, draw
+from ado_tasks.storage import load_arrays, read_json
+from ado_tasks.train import TrainConfig, train
+from ado_tasks.variants import student_variants
+
+MODEL = {
+    "block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
+    "layers_per_block": 1, "norm_num_groups": 4, "add_attention": False,
+}  # fmt: skip
+KNOTS = (1.0, 0.9, 0.8, 0.5, 0.0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distill-walks")
+    prepare(PrepareConfig(name="digits", source="digits"), out=folder / "data", seed=0)
+    config = TrainConfig(model=MODEL, steps=150, batch_size=32, warmup_steps=10)
+    train(config, dataset=folder / "data", out=folder / "teacher", scratch=folder / "scratch", seed=0)
+    return folder
+
+
+def taught(place: Path, out: str, config: DistillConfig, **options: Any) -> Path:
+    distill(
+        config, teacher=place / "teacher", dataset=place / "data", out=place / out, scratch=place / "scratch", seed=0,
+        **options,
+    )  # fmt: skip
+    return place / out
+
+
+def weights(folder: Path, steps: int) -> dict[str, np.ndarray]:
+    arrays = load_arrays(folder / str(steps) / "unet" / "diffusion_pytorch_model.safetensors")
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+def stop_at(report: int) -> StopWhen:
+    """Stops the run at its n-th report of progress."""
+    seen = iter(range(1, report + 1))
+    return StopWhen(lambda: next(seen, report) >= report)
+
+
+def test_students_come_near_the_end_of_the_teachers_walk_on_noise_that_nobody_walked_from(place: Path) -> None:
+    """Nearer than the teacher's own DDIM in as many steps comes to it; the teacher's steps need not be a multiple."""
+    config = DistillConfig(
+        teacher_steps=10, student_steps=(4, 2, 1), stage_steps=150, batch_size=32, learning_rate=5e-3, walks=600
+    )
+    folder = taught(place, "near", config)
+    sampler = Sampler(read_model(place / "teacher"))
+    start = draw(5, "test", 100, open_dataset(place / "data").split("selection"))
+    end = sampler(start, "ddim", uniform_time(10))
+    for variant in student_variants(folder):
+        own = Sampler(variant.model)(start, "ddim", variant.times)
+        plain = sampler(start, "ddim", uniform_time(variant.nfe))
+        assert np.mean((own - end) ** 2) < 0.5 * np.mean((plain - end) ** 2), variant.nfe
+
+
+@pytest.mark.parametrize("at", [2, 6, 9, 12])
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(place: Path, at: int) -> None:
+    """Among the walks (two files), in a stage, in matching, in the next stage."""
+    config = DistillConfig(
+        teacher_steps=6, student_steps=(2, 1), stage_steps=12, batch_size=8, checkpoint_every=3, walks=600,
+        times=(1, 0.8, 0), matching=MatchingConfig(steps=(5, 5), batch_size=4, hold_on_to="walks"),
+    )  # fmt: skip
+    if not (place / "whole").exists():
+        taught(place, "whole", config)
+    with pytest.raises(KeyboardInterrupt):
+        taught(place, f"stopped-{at}", config, report=stop_at(at))
+    folder = taught(place, f"stopped-{at}", config)
+    for steps in (2, 1):
+        one, other = weights(place / "whole", steps), weights(folder, steps)
+        for name, array in one.items():
+            np.testing.assert_array_equal(other[name], array, err_msg=name)
+    assert list((place / "scratch").rglob("*.safetensors")) == []
+
+
+def test_matching_samples_from_the_walks_noise_and_holds_on_to_their_ends(place: Path) -> None:
+    """With regression alone to speak of, more of it brings students nearer to the walks' ends."""
+    common: dict[str, Any] = {
+        "teacher_steps": 6,
+        "student_steps": (1,),
+        "stage_steps": 1,
+        "batch_size": 32,
+        "walks": 64,
+    }
+    matching = MatchingConfig(steps=(120,), batch_size=32, regression=1e3, learning_rate=5e-3, hold_on_to="walks")
+    folder = taught(place, "pulled", DistillConfig(**common, matching=matching))
+    left = taught(place, "left", DistillConfig(**common))
+    start = draw(5, "test", 100, open_dataset(place / "data").split("selection"))
+    end = Sampler(read_model(place / "teacher"))(start, "ddim", uniform_time(6))
+    pulled, other = (
+        np.mean((Sampler(read_model(each / "1"))(start, "ddim", uniform_time(1)) - end) ** 2) for each in (folder, left)
+    )
+    assert pulled < 0.6 * other
+
+
+def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path) -> None:
+    common: dict[str, Any] = {"teacher_steps": 8, "student_steps": (4,), "stage_steps": 2, "batch_size": 8}
+    said = [
+        read_json(taught(place, name, config) / "4" / "ado.json")["history"][-1]
+        for name, config in (
+            ("walks", DistillConfig(**common, walks=20, times=KNOTS)), ("no walks", DistillConfig(**common))
+        )
+    ]  # fmt: skip
+    assert [done["config"].get("walks") for done in said] == [20, None]
+    assert "walks" not in said[1]["config"]
+    found = distillation_passes({"history": said[:1]})
+    assert found is not None and found.evaluations == 20 * 8 + 2 * 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"taught_by": "first"}, "walks: they are all that is taught by"),
+        ({"targets_together": 2}, "walks: they are all that is taught by"),
+        ({"matching": {"steps": [0, 1], "adversarial": {"weight": 0.1}, "hold_on_to": "walks"}}, "is not supported"),
+        (
+            {"matching": {"steps": [0, 1], "hold_on_to": "walks"}, "walks": None, "teacher_steps": 8},
+            "walks, and there are none",
+        ),
+        ({"walks": 0}, r"walks"),
+        ({"student_steps": [5, 2]}, "a student of 2 steps cannot replace 5"),
+        ({"teacher_steps": 4}, "a student of 4 steps cannot replace 4"),
+    ],
+)
+def test_what_does_not_go_with_walks_is_refused(values: dict[str, Any], message: str) -> None:
+    given = {"walks": 10, "teacher_steps": 10, "student_steps": [4, 2]}
+    parse(DistillConfig, given, "distill.progressive")
+    with pytest.raises(ConfigError, match=message):
+        parse(DistillConfig, {**given, **values}, "distill.progressive")
