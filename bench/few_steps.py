@@ -10,7 +10,7 @@ report part:
 - classes that the judge sees, and copying: median distance to the nearest training image over that of held-out ones.
 
     python bench/few_steps.py --workspace . --seeds 0 1 2 --jobs 8 --out reports/few_steps
-    python bench/few_steps.py --methods sweep.yaml      # other settings: see below; beside the five, or --only NAME …
+    python bench/few_steps.py --methods sweep.yaml      # other settings: see below; beside the usual, or --only NAME …
 
 Each method and seed is a process of its own; one that is finished is not run again, one that was interrupted goes on
 from its checkpoint. `few_steps.json` and `few_steps.png` are of all that are finished.

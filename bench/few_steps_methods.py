@@ -36,23 +36,31 @@ Methods = dict[str, tuple[Part, ...]]
 
 
 def methods_of(params: Mapping[str, Any]) -> Methods:
-    """The five that are compared where nothing else is asked for, from the workspace's own settings."""
+    """The usual ones, from the workspace's own settings; one more where its students learn from walks."""
     progressive = dict(section(params, "distill.progressive"))
     matching = dict(progressive.pop("matching", None) or {})
     adversarial = matching.pop("adversarial", None) or {}
     if not matching:
         raise ConfigError("distill.progressive.matching: the workspace's params.yaml has none to compare with")
     tuned = dict(params["distill"].get("consistency", CONSISTENCY)) | {"student_steps": list(STEPS)}
-    return read_methods(
-        {
-            "progressive": progressive,
-            "+ matching": {**progressive, "matching": matching},
-            "+ matching, adversarial": {**progressive, "matching": {**matching, "adversarial": adversarial}},
-            "consistency": tuned,
-            "consistency of a student": [{**progressive, "share": 0.5}, {**tuned, "share": 0.5, "start": 1}],
-        },
-        "bench",
-    )
+    methods = {
+        "progressive": progressive,
+        "+ matching": {**progressive, "matching": matching},
+        "+ matching, adversarial": {**progressive, "matching": {**matching, "adversarial": adversarial}},
+        "consistency": tuned,
+        "consistency of a student": [{**progressive, "share": 0.5}, {**tuned, "share": 0.5, "start": 1}],
+    }
+    if progressive.get("walks"):
+        methods["+ matching, no walks"] = {**without_walks(progressive), "matching": without_walks(matching)}
+    return read_methods(methods, "bench")
+
+
+def without_walks(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same section, or matching in it, learning from noised images: steps of the teacher that students divide."""
+    found = {name: value for name, value in settings.items() if name not in {"walks", "hold_on_to"}}
+    if "teacher_steps" in found:
+        found["teacher_steps"] -= found["teacher_steps"] % max(found["student_steps"])
+    return found
 
 
 def read_methods(values: Mapping[str, Any], where: str) -> Methods:

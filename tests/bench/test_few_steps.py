@@ -40,20 +40,29 @@ def test_the_costs_are_those_counted_by_hand():
 
 def test_the_default_methods_spend_the_budget_and_keep_their_proportions():
     methods = ways.methods_of(PARAMS)
-    assert len(methods) == 5
+    assert len(methods) == 6
     for parts in methods.values():
         for part in parts:
             found = ways.scaled(part.section, part.share * 300_000)
             assert ways.cost(found) == pytest.approx(part.share * 300_000, rel=0.01)
     [matched] = methods["+ matching"]
     half = ways.scaled(matched.section, ways.cost(matched.section) / 2)
-    assert half.stage_steps == (225, 125, 160)
+    assert half.stage_steps == (150, 100, 125)
     assert half.matching.steps == (0, 15, 90)
+    assert half.walks == 1500
     assert methods["progressive"][0].section.matching is None
     assert matched.section.matching.adversarial is None
     assert methods["+ matching, adversarial"][0].section.matching.adversarial is not None
+    [noised] = methods["+ matching, no walks"]
+    assert (noised.section.walks, noised.section.teacher_steps) == (None, 20)
+    assert noised.section.matching == matched.section.matching
     first, second = methods["consistency of a student"]
     assert (first.start, second.start, second.section.method) == (None, 1, "consistency")
+
+
+def test_without_walks_the_teachers_steps_are_some_that_students_divide():
+    kept = {"walks": 9, "hold_on_to": "walks", "teacher_steps": 50, "student_steps": [8, 4]}
+    assert ways.without_walks(kept) == {"teacher_steps": 48, "student_steps": [8, 4]}
 
 
 @pytest.mark.parametrize(
