@@ -59,6 +59,8 @@ def inherit(teacher: UNet2D, network: UNet2DConfig, importance: Importance) -> I
         origin = _origin(name, source)
         if origin in theirs:
             weights[name] = _sliced(theirs[origin], of_teacher.axes[origin], kept, of_teacher.sizes)
+        elif _RESIZE.fullmatch(name):  # in the place of a residual block
+            weights[name] = _resizing(name, empty, network.downsample_padding)
         else:  # a projection that the candidate alone has: x passes through it as it is
             weights[name] = _passing(name, empty, kept)
     weights |= _rescaled_queries(teacher.config, network, weights)
@@ -200,6 +202,26 @@ def _passing(name: str, empty: mx.array, kept: Mapping[str, Rows]) -> mx.array:
     level = int(name.split(".")[1])
     matrix = kept[axes.down(level)][:, None] == kept[axes.down(level - 1)][None, :]
     return mx.array(matrix.astype(np.float32)[:, None, None, :])
+
+
+_RESIZE = re.compile(r"(down|up)_blocks\.\d+\.(down|up)samplers\.0\.conv\.(weight|bias)")
+
+
+def _resizing(name: str, empty: mx.array, padding: int) -> mx.array:
+    """A convolution that does what a residual block with nothing in its branch does: means of 2x2, or repetition.
+
+    Going up the pixels are repeated before it. Going down the first of the four is in the middle of its 3x3 window, or
+    without padding in the corner.
+    """
+    if name.endswith(".bias"):
+        return mx.zeros(empty.shape)
+    taps = np.zeros((3, 3), np.float32)
+    if name.startswith("down"):
+        taps[padding : padding + 2, padding : padding + 2] = 0.25
+    else:
+        taps[1, 1] = 1.0
+    channels = np.eye(empty.shape[0], dtype=np.float32)
+    return mx.array(channels[:, None, None, :] * taps[None, :, :, None])
 
 
 def _rescaled_queries(

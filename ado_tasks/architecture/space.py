@@ -18,6 +18,7 @@ from ado_tasks.models.unet_layout import block_kind
 Positive = Annotated[int, Field(ge=1)]
 Level = Annotated[int, Field(ge=0)]
 Middle = Literal["attention", "plain", "none"]
+Resampling = Literal["conv", "resnet"]
 Point = tuple[int, ...]  # a choice's number for each of DIMENSIONS
 
 FLOAT_BITS = 32
@@ -33,6 +34,7 @@ class SpaceConfig:
     attention: tuple[tuple[Level, ...], ...] = ()  # levels that attend, both ways: (1,) or () or …
     attention_head_dim: tuple[Positive, ...] = ()  # channels a head; heads can be joined, not split
     middle: tuple[Middle, ...] = ()  # with attention, its two residual blocks alone, or no middle
+    resampling: tuple[Resampling, ...] = ()  # downsample_type and upsample_type, of levels that attend
     linear_bits: tuple[Literal[4, 8, 32], ...] = ()  # of linear layers, after tuning; 32: floats
 
 
@@ -68,6 +70,7 @@ class Space:
                 "attention": settings.attention or (_attention_of(teacher),),
                 "attention_head_dim": settings.attention_head_dim or (teacher.attention_head_dim,),
                 "middle": settings.middle or (_middle_of(teacher),),
+                **({"resampling": settings.resampling} if settings.resampling else {}),
                 **({"linear_bits": settings.linear_bits} if settings.linear_bits else {}),
             },
         )
@@ -103,6 +106,8 @@ class Space:
                 "AttnUpBlock2D" if level in sites else "UpBlock2D" for level in reversed(range(levels))
             ),
             attention_head_dim=values["attention_head_dim"],
+            downsample_type=values.get("resampling", self.teacher.downsample_type),
+            upsample_type=values.get("resampling", self.teacher.upsample_type),
             mid_block_type=None if middle == "none" else "UNetMidBlock2D",
             add_attention=middle == "attention",
             time_embedding_dim=self.teacher.embedding_width,  # shared by all blocks, and cheap: never cut
@@ -197,9 +202,21 @@ def _joins_heads(teacher: UNet2DConfig, candidate: UNet2DConfig) -> str | None:
     return f"attention_head_dim: {mine}; allowed: a multiple of the teacher's {theirs}"
 
 
+def _resamples_as_taught_or_less(teacher: UNet2DConfig, candidate: UNet2DConfig) -> str | None:
+    """A residual block can be left out, which leaves a convolution that averages or repeats; not the other way."""
+    mine, theirs = ((each.downsample_type, each.upsample_type) for each in (candidate, teacher))
+    if mine == theirs:
+        return None
+    if not _attention_of(candidate) or len(candidate.block_out_channels) == 1:  # the same network twice
+        return f"downsample_type, upsample_type: {mine} where no level that resamples attends; allowed: {theirs}"
+    gained = any(one == "resnet" != other for one, other in zip(mine, theirs, strict=True))
+    return f"downsample_type, upsample_type: {mine}; allowed: conv, or the teacher's {theirs}" if gained else None
+
+
 Rule = Callable[[UNet2DConfig, UNet2DConfig], str | None]  # (teacher, candidate) to what is wrong
 RULES: tuple[Rule, ...] = (
     _no_wider, _no_deeper, _same_projections, _frequencies_fit, _attends_where_taught, _joins_heads,
+    _resamples_as_taught_or_less,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from ado_tasks import rng
 from ado_tasks.architecture import axes
 from ado_tasks.architecture.importance import Importance, measure_importance
 from ado_tasks.architecture.inherit import _rescaled_queries, _sliced, inherit, most_important
+from ado_tasks.architecture.space import Space, SpaceConfig, check_inheritance
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.errors import ConfigError
 from ado_tasks.models.initialise import initialise
@@ -218,6 +219,35 @@ def test_parts_that_do_nothing_go_and_the_function_stays(changes: dict[str, Any]
     assert np.abs(outputs(without) - outputs(teacher)).max() > 0.01
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({"downsample_type": "conv"}, ("down_blocks.1.downsamplers.0.conv2",)),
+        ({"upsample_type": "conv"}, ("up_blocks.0.upsamplers.0.conv2", "up_blocks.1.upsamplers.0.conv2")),
+        ({"downsample_type": "conv", "upsample_type": "conv"},
+         ("down_blocks.1.downsamplers.0.conv2", "up_blocks.0.upsamplers.0.conv2", "up_blocks.1.upsamplers.0.conv2")),
+        ({"down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),  # without attention: conv
+          "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")},
+         ("down_blocks.1.downsamplers.0.conv2", "up_blocks.1.upsamplers.0.conv2", "down_blocks.1.attentions.0.to_out",
+          "down_blocks.1.attentions.1.to_out", "up_blocks.1.attentions.0.to_out", "up_blocks.1.attentions.1.to_out",
+          "up_blocks.1.attentions.2.to_out")),
+    ],
+)  # fmt: skip
+def test_a_residual_block_that_resamples_and_does_nothing_else_becomes_a_convolution(
+    changes: dict[str, Any], idle: tuple[str, ...], padding: Any
+) -> None:
+    teacher = drawn(network("attention", upsample_type="resnet", downsample_padding=padding))
+    without = changed(
+        teacher,
+        {key: mx.zeros(value.shape) for key, value in flat_parameters(teacher).items() if key.startswith(idle)},
+    )
+    got = inherit(without, replace(teacher.config, **changes), importance_of(without))
+    assert set(name.removesuffix(".conv2").removesuffix(".to_out") for name in idle) == set(got.dropped)
+    assert np.abs(outputs(got.unet) - outputs(without)).max() <= 1e-5
+    assert np.abs(outputs(without) - outputs(teacher)).max() > 0.01
+
+
 def test_the_width_of_one_head_is_made_up_for() -> None:
     """One head as wide as the level: with a double that nothing reads, half of it gives the same attention."""
     big, small = network("one_head", block_out_channels=(16,)), network("one_head")
@@ -279,3 +309,18 @@ def test_what_cannot_inherit_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             inherit(teacher, replace(teacher.config, **changes), found)
+    attends = network("attention")  # resnet on the way down, convolutions on the way up
+    check_inheritance(attends, replace(attends, downsample_type="conv"))
+    with pytest.raises(ConfigError, match=r"\('resnet', 'resnet'\); allowed: conv, or the teacher's"):
+        check_inheritance(attends, replace(attends, upsample_type="resnet"))
+    with pytest.raises(ConfigError, match="where no level that resamples attends"):
+        check_inheritance(teacher.config, replace(teacher.config, downsample_type="resnet"))
+
+
+def test_the_kind_of_resampling_is_a_choice_that_keeps_each_network_once() -> None:
+    teacher = network("attention", upsample_type="resnet")
+    space = Space.around(teacher, SpaceConfig(resampling=("resnet", "conv"), attention=((1, 2), ())))
+    found = [space.candidate(point) for point in space.points()]
+    said = [(each.downsample_type, each.upsample_type, "AttnDownBlock2D" in each.down_block_types) for each in found]
+    assert said == [("resnet", "resnet", True), ("conv", "conv", True), ("resnet", "resnet", False)]
+    assert "resampling" not in Space.around(teacher, SpaceConfig()).dimensions
