@@ -240,10 +240,13 @@ def test_what_each_block_is_worth_is_a_stage_where_it_is_asked_for() -> None:
         assert ("sensitivity" in graph_of["stages"]) is there
 
 
-def test_the_search_for_shapes_takes_their_preset_as_it_is() -> None:
-    """The same text up to the search's sections: a teacher that was stored is that of both."""
-    shapes, search = ((ROOT / f"params.{name}.yaml").read_text(encoding="utf-8") for name in ("shapes32", "search32"))
-    assert search.partition("\nseed:")[2].partition("\nprobe:")[0] == shapes.partition("\nseed:")[2]
+def test_the_search_for_shapes_takes_their_teacher_as_it_is() -> None:
+    """The same text up to `distill`: a teacher that was stored is that of both; so is what students are judged by."""
+    texts = [(ROOT / f"params.{name}.yaml").read_text(encoding="utf-8") for name in ("shapes32", "search32")]
+    shapes, search = (text.partition("\nseed:")[2].partition("\ndistill:") for text in texts)
+    assert search[0] == shapes[0]
+    after = [rest.partition("\ncalibrate:")[2].partition("\nprobe:")[0].strip() for _, _, rest in (shapes, search)]
+    assert after[0] == after[1]
     added = {"probe", "weigh", "search", "sensitivity", "distill_searched", "calibrate_searched"}
     assert set(read_params(ROOT / "params.search32.yaml")) - set(read_params(ROOT / "params.shapes32.yaml")) == added
     both = read_params(ROOT / "params.search32.yaml")
