@@ -116,6 +116,8 @@ def _explain(error: Any, cls: type, where: str) -> str:
         return f"{key}: unknown key; allowed here: {allowed}"
     if error["type"] in {"missing", "missing_argument"}:
         return f"{key}: a value is required and none was given"
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping):  # keys that do not fit together
+        return f"{key}: {error['ctx']['error']}"
     return f"{key}: {error['input']!r} is not allowed: {error['msg']}"
 
 

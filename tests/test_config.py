@@ -1,10 +1,10 @@
 """A config is checked when it is made: the error names the key, the value and what is allowed."""
 
 from dataclasses import FrozenInstanceError
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ado_tasks.config import config, parse, read_params, section
 from ado_tasks.errors import ConfigError
@@ -22,6 +22,18 @@ class Settings:
     kind: Literal["a", "b"] = "a"
     stages: tuple[int, ...] = (1, 2)
     inner: Inner = Inner()
+
+
+@config
+class Span:
+    first: int
+    last: int
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.first >= self.last:
+            raise ValueError(f"first: {self.first} does not lie before last: {self.last}")
+        return self
 
 
 def test_values_arrive_with_their_types() -> None:
@@ -55,6 +67,12 @@ def test_what_is_wrong_is_named(values: object, words: list[str]) -> None:
         parse(Settings, values, "train")  # pyright: ignore[reportArgumentType]
     for word in words:
         assert word in str(problem.value)
+
+
+def test_keys_that_do_not_fit_together_are_said_without_the_whole_section() -> None:
+    with pytest.raises(ConfigError) as problem:
+        parse(Span, {"first": 3, "last": 2}, "train")
+    assert str(problem.value) == "train: first: 3 does not lie before last: 2"
 
 
 def test_every_wrong_key_is_named_at_once() -> None:

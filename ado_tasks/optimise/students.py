@@ -44,8 +44,8 @@ class DistillConfig:
     teacher_steps: Annotated[int, Field(ge=2)] = 32  # steps of the teacher that the first student replaces
     teacher_solver: WalkSolver = "ddim"  # of those steps; later teachers are students, and take DDIM's
     student_steps: tuple[Annotated[int, Field(ge=1)], ...] = (8, 4, 2, 1)  # one stage each; each divides the one before
-    # Where the student of most steps takes them, from 1 to 0, the others every so manyth; steps of teachers lie evenly
-    # between. None: uniform
+    # Where the student of most steps takes them, from 1 to 0 (one number more than it has steps), the others every so
+    # manyth; steps of teachers lie evenly between. None: uniform
     times: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     stage_steps: Count | tuple[Count, ...] = 500  # optimiser steps of each stage: one number, or one a stage
     batch_size: Annotated[int, Field(ge=1)] = 64  # images a step
@@ -59,7 +59,8 @@ class DistillConfig:
     taught_by: Literal["previous", "first"] = "previous"
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
     # Noises from which the first teacher walks to images once, in teacher_steps uniform steps; every stage then learns
-    # from the states on these walks: see optimise/walks.py. None: from noised images, the teacher asked at each step
+    # from the states on these walks, and the first student's steps need not divide those: see optimise/walks.py. None:
+    # from noised images, the teacher asked at each step
     walks: Annotated[int, Field(ge=1)] | None = None
     precision: Precision = "float32"  # of a pass of student or teacher; weights, state, matching's scores are float32
     targets_together: Annotated[int, Field(ge=1)] = 1  # steps whose targets are computed at once: faster, more memory
@@ -73,7 +74,8 @@ class DistillConfig:
             anywhere = stage == 0 and self.walks is not None
             if after >= before or (before % after and not anywhere):
                 raise ValueError(
-                    f"a student of {after} steps cannot replace {before} steps: it must be a smaller divisor"
+                    f"student_steps: a student of {after} steps cannot replace {before} steps; allowed: a smaller "
+                    + ("number" if anywhere else "divisor")
                 )
         if not self.student_steps:
             raise ValueError("student_steps: at least one stage is required")
@@ -89,7 +91,8 @@ class DistillConfig:
         for name, values in given.items():
             if isinstance(values, tuple) and len(values) != len(self.student_steps):
                 raise ValueError(
-                    f"{name}: {len(values)} given for {len(self.student_steps)} stages; one number, or one each"
+                    f"{name}: {len(values)} given for {len(self.student_steps)} stages; allowed: "
+                    + ("one each" if name == "matching.steps" else "one number, or one each")
                 )
         return self
 
@@ -101,7 +104,8 @@ class DistillConfig:
         falls = all(above - below >= APART for above, below in pairwise(self.times))
         if len(self.times) != wanted or not falls or (self.times[0], self.times[-1]) != (1, 0):
             raise ValueError(
-                f"times: {self.times}: {wanted} falling numbers are required, from 1 to 0 and {APART} or more apart"
+                f"times: {self.times}: {wanted} falling numbers are required (of {wanted - 1} steps, the first of "
+                f"student_steps), from 1 to 0 and {APART} or more apart"
             )
         return self
 
@@ -116,7 +120,7 @@ class DistillConfig:
             return self
         if self.taught_by == "first" or self.targets_together > 1:
             raise ValueError(
-                "walks: they are all that is taught by; allowed: without taught_by: first and targets_together"
+                "walks: they are all that is taught by; allowed: taught_by: previous with targets_together: 1"
             )
         if ends and self.matching and self.matching.adversarial:
             raise ValueError("matching.hold_on_to: walks is not supported with matching.adversarial; allowed: teacher")
