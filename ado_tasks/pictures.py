@@ -58,12 +58,12 @@ def plain_axes(figure: Figure, position: tuple[int, int, int] = (1, 1, 1)) -> Ax
 def save_curves(
     path: Path, curves: Mapping[str, Sequence[tuple[int, float]]], y_label: str, *, log: bool = True
 ) -> None:
-    """Write curves of (step, value) in one picture."""
+    """Write curves of (step, value) in one picture; one of a single point is a dot."""
     figure = Figure(figsize=(6.4, 3.6))
     axes = plain_axes(figure)
     for name, points in curves.items():
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4)
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.4, marker="o" if len(points) == 1 else None)
     axes.set_xlabel("training step")
     axes.set_ylabel(y_label)
     if log:

@@ -1,6 +1,7 @@
 """Pictures of an evaluation: quality against cost, and distance to the teacher's fine solution against cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -15,6 +16,7 @@ COLOURS = {
     "teacher": "#8a8f98", "calibrated": "#3274b5", "progressive": "#c8452f", "consistency": "#7a4fb0",
     "architecture": "#3b3f46", "architecture_calibrated": "#1d9a94", "searched": "#e0922f",
 }  # fmt: skip
+OTHERS = ("#b5478a", "#7d6a2c", "#5c7f2f", "#56617f")  # of families that are not named above, in turn
 LABELS = {
     "teacher": "teacher, plain DDIM", "calibrated": "teacher, learned steps", "progressive": "distilled",
     "consistency": "tuned to consistency", "architecture": "searched network, plain DDIM",
@@ -29,7 +31,9 @@ def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float
     """KID − KID(teacher at 50 steps) with its interval, by evaluations an image; the margin as a band."""
     figure = Figure(figsize=(6.6, 4.0))
     axes = plain_axes(figure)
-    for family, rows in _families(entries).items():
+    families = _families(entries)
+    colours = colours_of(families)
+    for family, rows in families.items():
         values = [row["kid_minus_teacher"] for row in rows]
         middle = [value["value"] for value in values]
         errors = [
@@ -38,7 +42,7 @@ def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float
         ]
         axes.errorbar(
             [row["nfe"] for row in rows], middle, yerr=errors, marker=MARKERS.get(family, "o"), markersize=5, capsize=3,
-            linewidth=1.2, color=COLOURS.get(family), label=LABELS.get(family, family),
+            linewidth=1.2, color=colours[family], label=LABELS.get(family, family),
         )  # fmt: skip
     axes.axhspan(-margin, margin, color="#3a9d5d", alpha=0.15, linewidth=0, label="margin of non-inferiority")
     axes.set_yscale("symlog", linthresh=max(margin, 1e-6) * 2)
@@ -51,10 +55,12 @@ def save_paired(path: Path, entries: Sequence[Mapping[str, Any]], calibration: S
     """Mean squared pixel distance to the teacher's fine solution at the same noise, by evaluations an image."""
     figure = Figure(figsize=(11.0, 4.0))
     left = plain_axes(figure, (1, 2, 1))
-    for family, rows in _families(entries).items():
+    families = _families(entries)
+    colours = colours_of(families)
+    for family, rows in families.items():
         left.plot(
             [row["nfe"] for row in rows], [row["paired_distance"] for row in rows], marker=MARKERS.get(family, "o"),
-            markersize=5, linewidth=1.2, color=COLOURS.get(family), label=LABELS.get(family, family),
+            markersize=5, linewidth=1.2, color=colours[family], label=LABELS.get(family, family),
         )  # fmt: skip
     left.set_title("every variant", fontsize=9)
     axes = plain_axes(figure, (1, 2, 2))
@@ -105,6 +111,12 @@ def save_stages(path: Path, entries: Sequence[Mapping[str, Any]], margin: float,
     axes.set_xlabel(f"compression: times fewer evaluations than the teacher's {whole}")
     axes.legend(frameon=False, fontsize=8)
     save_figure(path, figure)
+
+
+def colours_of(families: Iterable[str]) -> dict[str, str]:
+    """A colour for each family. One without a name above has none that stands for another (up to four of them)."""
+    others = cycle(OTHERS)
+    return {family: COLOURS.get(family) or next(others) for family in families}
 
 
 def _families(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
