@@ -67,6 +67,11 @@ def main(arguments: Sequence[str]) -> int:
         cost = {row["name"]: row for row in measured}
         rows = [row_of(entry, cost.get(entry["name"])) for entry in quality["variants"]]
         closing = closing_lines(quality, cost, options.reports)
+        families = {entry["name"].rpartition("-")[0] for entry in quality["variants"]}
+    if options.stages and "progressive" not in families:
+        raise ConfigError(
+            f"--stages draws the family progressive, which the report has not; there: {', '.join(sorted(families))}"
+        )
     if options.markdown:
         print(as_markdown(rows, COLUMNS))
     else:

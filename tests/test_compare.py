@@ -121,6 +121,16 @@ def test_reports_that_are_missing_say_what_makes_them(tmp_path: Path, capsys: py
     assert "none/evaluate.json: not there; `dvc repro` makes it" in capsys.readouterr().err
 
 
+def test_a_picture_of_stages_of_another_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = quality()
+    report["variants"][1]["name"] = "mine-2"
+    write_json(tmp_path / "evaluate.json", report)
+    assert main(["compare", "--reports", str(tmp_path), "--stages", str(tmp_path / "stages.png")]) == 2
+    said = capsys.readouterr()
+    assert "draws the family progressive" in said.err and "there: calibrated, mine, teacher" in said.err
+    assert said.out == ""
+
+
 def test_where_nothing_fits_lines_are_longer_and_what_is_left_out_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
