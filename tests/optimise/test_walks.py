@@ -18,6 +18,7 @@ from ado_tasks.optimise.progressive import WalkSolver, levels, states_on_the_way
 from ado_tasks.optimise.walks import Walks, walked
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import SILENT, Recorder, StopWhen
+from ado_tasks.storage import load_arrays, save_arrays
 
 SCHEDULE = Cosine()
 TIMES = (1.0, 0.9, 0.85, 0.6, 0.0)
@@ -141,6 +142,22 @@ def test_what_was_walked_is_kept_and_what_is_damaged_is_walked_anew(
     assert asked == [4] * 10 + [2] * 10  # the damaged one and the last; the second was there
     np.testing.assert_array_equal(resumed.states, whole.states)
     assert [(done, total) for done, total, _ in recorder.steps] == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_what_is_readable_and_not_of_these_walks_is_walked_anew(part: Split, tmp_path: Path) -> None:
+    whole = walk(part, tmp_path).states
+    path = tmp_path / "walks-00000000.safetensors"
+    kept = path.read_bytes()
+    flipped = bytearray(kept)
+    flipped[-2] ^= 1  # a bit of the last number: a readable file of the right shape
+    path.write_bytes(bytes(flipped))
+    np.testing.assert_array_equal(walk(part, tmp_path).states, whole)
+    walk(part, tmp_path, count=7)
+    assert len(load_arrays(path)["states"]) == 7
+    np.testing.assert_array_equal(walk(part, tmp_path).states, whole)
+    save_arrays(path, {"others": whole})
+    np.testing.assert_array_equal(walk(part, tmp_path).states, whole)
+    assert path.read_bytes() == kept
 
 
 def test_walks_depend_on_the_seed(part: Split, tmp_path: Path) -> None:
