@@ -137,7 +137,7 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
         ),
         ({"walks": 0}, r"walks"),
         ({"student_steps": [5, 2]}, "a student of 2 steps cannot replace 5"),
-        ({"teacher_steps": 4}, "a student of 4 steps cannot replace 4"),
+        ({"teacher_steps": 4}, "a student of 4 steps cannot replace 4 steps: it must be of fewer steps"),
     ],
 )
 def test_what_does_not_go_with_walks_is_refused(values: dict[str, Any], message: str) -> None:

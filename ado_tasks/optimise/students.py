@@ -58,8 +58,9 @@ class DistillConfig:
     # from the student before in both.
     taught_by: Literal["previous", "first"] = "previous"
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
-    # Noises from which the first teacher walks to images once, in teacher_steps uniform steps; every stage then learns
-    # from the states on these walks: see optimise/walks.py. None: from noised images, the teacher asked at each step
+    # Noises from which the first teacher walks to images once, in teacher_steps uniform steps of float32; every stage
+    # then learns from the states on these walks, all held in memory: see optimise/walks.py. None: from noised images,
+    # the teacher asked at each step
     walks: Annotated[int, Field(ge=1)] | None = None
     precision: Precision = "float32"  # of a pass of student or teacher; weights, state, matching's scores are float32
     targets_together: Annotated[int, Field(ge=1)] = 1  # steps whose targets are computed at once: faster, more memory
@@ -72,9 +73,8 @@ class DistillConfig:
         for stage, (before, after) in enumerate(pairwise((self.teacher_steps, *self.student_steps))):
             anywhere = stage == 0 and self.walks is not None
             if after >= before or (before % after and not anywhere):
-                raise ValueError(
-                    f"a student of {after} steps cannot replace {before} steps: it must be a smaller divisor"
-                )
+                allowed = "of fewer steps" if anywhere else "a smaller divisor"
+                raise ValueError(f"a student of {after} steps cannot replace {before} steps: it must be {allowed}")
         if not self.student_steps:
             raise ValueError("student_steps: at least one stage is required")
         if self.precision == "float16" and self.matching and self.matching.adversarial:
