@@ -1,6 +1,8 @@
 """Walks that are walked once: what is kept of them, and what a student of few steps is shown."""
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from ado_tasks import rng
 from ado_tasks.backend import mx
 from ado_tasks.datasets.shards import Split, open_dataset
+from ado_tasks.diffusion.denoiser import Denoiser
 from ado_tasks.diffusion.oracles import gaussian_denoiser, gaussian_solution
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.diffusion.solvers import ddim, ddim_step, dpmpp_2m
@@ -65,6 +68,15 @@ def test_at_a_time_of_the_teachers_own_the_state_is_its_own_and_between_two_on_t
     assert float(mx.abs(between - (at + trajectory[2]) / 2).max()) > 1e-4  # of constant estimate, not of pixels
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_at_all_times_of_the_teachers_own_the_states_are_the_samplers(solver: WalkSolver) -> None:
+    noise = mx.random.normal((3, 4, 4, 1), key=rng.key(0, "walk"))
+    _, trajectory = SAMPLERS[solver](bent, noise, uniform(10), SCHEDULE, trajectory=True)
+    states = states_on_the_way(bent, noise, uniform(10), uniform(10)[1:].tolist(), SCHEDULE, solver)
+    for state, own in zip(states, trajectory[1:], strict=True):
+        np.testing.assert_allclose(np.array(state), np.array(own), atol=2e-5)
+
+
 def test_a_fine_walk_is_the_exact_solution_where_it_is_known() -> None:
     noise, spread = mx.random.normal((2, 4, 4, 1), key=rng.key(0, "exact")), 0.5
     states = states_on_the_way(gaussian_denoiser(SCHEDULE, spread), noise, uniform(400), TIMES[1:], SCHEDULE)
@@ -108,6 +120,21 @@ def test_pairs_are_the_ends_of_a_walk_and_come_in_another_order_than_legs(part: 
     assert walks.labels is not None
     np.testing.assert_array_equal(np.array(pairs["labels"]), walks.labels[rows])
     assert not np.array_equal(np.array(legs["z"]), np.array(pairs["noise"]))
+
+
+def test_where_there_are_no_classes_there_are_no_labels(part: Split, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def denoising(labels: Sequence[mx.array]) -> Denoiser:
+        asked.append(len(labels))
+        return bent
+
+    walks = walked(
+        denoising, TIMES, 10, "ddim", 3, replace(part, num_classes=0), SCHEDULE, 0, tmp_path, SILENT
+    )  # fmt: skip
+    assert asked == [0]
+    assert set(walks.legs(0, 8, 2)[0]) == {"z", "end"}  # more than there are walks
+    assert set(walks.pairs(0, 8, 2)) == {"noise", "end"}
 
 
 def test_labels_are_as_frequent_as_in_the_train_part(part: Split, tmp_path: Path) -> None:
