@@ -18,6 +18,7 @@ from ado_tasks.diffusion.solvers import ddim, ddim_step, dpmpp_2m
 from ado_tasks.errors import DivergenceError
 from ado_tasks.optimise import walks as module
 from ado_tasks.optimise.progressive import WalkSolver, levels, states_on_the_way, target
+from ado_tasks.optimise.students import DistillConfig, Stage
 from ado_tasks.optimise.walks import Walks, walked
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import SILENT, Recorder, StopWhen
@@ -109,6 +110,31 @@ def test_the_target_of_a_leg_leads_to_its_end(part: Split, tmp_path: Path) -> No
     here, there = (levels(mx.array(grid[at]), z, SCHEDULE) for at in (leg, leg + 1))
     landed = ddim_step(target(batch["end"], z, *here, *there), z, *here, *there)
     np.testing.assert_allclose(np.array(landed), np.array(batch["end"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_stage_is_shown_times_targets_and_weights_as_in_closed_form(part: Split, tmp_path: Path, stage: int) -> None:
+    config = DistillConfig(
+        teacher_steps=10, student_steps=(4, 2, 1), batch_size=8, times=TIMES, walks=10, loss="truncated_snr"
+    )
+    walks = walk(part, tmp_path)
+    batch = Stage(config, stage, config.interval_of(stage), SCHEDULE, "v_prediction", 0, walks).batch_of_legs(3)
+    seen, leg = walks.legs(3, 8, config.student_steps[stage])
+    times = np.array(TIMES)[:: 2**stage]
+    z, end = (np.array(seen[name], np.float64) for name in ("z", "end"))
+    (alpha, sigma), (after, less) = (SCHEDULE.alpha_sigma(times[at]) for at in (leg, leg + 1))
+    ratio = (less / sigma)[:, None, None, None]
+    wanted = (end - ratio * z) / (after[:, None, None, None] - ratio * alpha[:, None, None, None])
+    np.testing.assert_allclose(np.array(batch["t"]), times[leg], rtol=1e-6)
+    np.testing.assert_allclose(np.array(batch["target"]), wanted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(np.array(batch["weight"]), np.maximum(1, (alpha / sigma) ** 2), rtol=1e-4)
+    np.testing.assert_array_equal(np.array(batch["labels"]), np.array(seen["labels"]))
+    assert set(batch) == {"z", "t", "target", "weight", "labels"}
+
+
+def test_a_walk_has_another_leg_at_another_step(part: Split, tmp_path: Path) -> None:
+    walks = walk(part, tmp_path)
+    assert len({tuple(walks.legs(step, 8, 4)[1]) for step in range(5)}) == 5
 
 
 def test_pairs_are_the_ends_of_a_walk_and_come_in_another_order_than_legs(part: Split, tmp_path: Path) -> None:
