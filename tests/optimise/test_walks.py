@@ -137,6 +137,35 @@ def test_a_walk_has_another_leg_at_another_step(part: Split, tmp_path: Path) -> 
     assert len({tuple(walks.legs(step, 8, 4)[1]) for step in range(5)}) == 5
 
 
+def test_every_walk_comes_once_in_as_many_steps_as_go_through_all(part: Split, tmp_path: Path) -> None:
+    walks = walk(part, tmp_path)
+    for seen in (
+        [walks.legs(step, 5, 1)[0]["z"] for step in (0, 1)], [walks.pairs(step, 5, 1)["noise"] for step in (0, 1)]
+    ):  # fmt: skip
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate(seen).reshape(10, -1), axis=0), np.sort(walks.states[:, 0].reshape(10, -1), axis=0)
+        )
+
+
+def test_each_walk_has_a_noise_of_its_own_and_the_label_that_the_teacher_was_told(
+    part: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the second piece of what is walked, and the third, which is smaller."""
+    monkeypatch.setattr(module, "AT_ONCE", 4)
+
+    def denoising(labels: Sequence[mx.array]) -> Denoiser:
+        told = labels[0].astype(mx.float32)[:, None, None, None]
+        return lambda z, t: mx.broadcast_to(told, z.shape)  # an image that is its label
+
+    walks = walked(denoising, TIMES, 10, "ddim", 10, part, SCHEDULE, 0, tmp_path, SILENT)
+    assert walks.labels is not None
+    np.testing.assert_allclose(walks.states[:, -1, 0, 0, 0], walks.labels, atol=1e-5)
+    assert len(np.unique(walks.states[:, 0, 0, 0, 0])) == 10
+    other = walked(denoising, TIMES, 10, "ddim", 10, part, SCHEDULE, 1, tmp_path / "other", SILENT)
+    assert other.labels is not None
+    assert not np.array_equal(other.labels, walks.labels)  # drawn, not the first of the part
+
+
 def test_pairs_are_the_ends_of_a_walk_and_come_in_another_order_than_legs(part: Split, tmp_path: Path) -> None:
     walks = walk(part, tmp_path)
     pairs, (legs, _) = walks.pairs(0, 10, 1), walks.legs(0, 10, 1)
