@@ -42,11 +42,12 @@ def methods_of(params: Mapping[str, Any]) -> Methods:
     adversarial = matching.pop("adversarial", None) or {}
     if not matching:
         raise ConfigError("distill.progressive.matching: the workspace's params.yaml has none to compare with")
+    free = {name: value for name, value in matching.items() if name != "hold_on_to"}  # samples from any noise
     tuned = dict(params["distill"].get("consistency", CONSISTENCY)) | {"student_steps": list(STEPS)}
     methods = {
         "progressive": progressive,
         "+ matching": {**progressive, "matching": matching},
-        "+ matching, adversarial": {**progressive, "matching": {**matching, "adversarial": adversarial}},
+        "+ matching, adversarial": {**progressive, "matching": {**free, "adversarial": adversarial}},
         "consistency": tuned,
         "consistency of a student": [{**progressive, "share": 0.5}, {**tuned, "share": 0.5, "start": 1}],
     }
@@ -59,7 +60,8 @@ def without_walks(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same section, or matching in it, learning from noised images: steps of the teacher that students divide."""
     found = {name: value for name, value in settings.items() if name not in {"walks", "hold_on_to"}}
     if "teacher_steps" in found:
-        found["teacher_steps"] -= found["teacher_steps"] % max(found["student_steps"])
+        students = max(found["student_steps"])
+        found["teacher_steps"] = students * max(2, found["teacher_steps"] // students)
     return found
 
 

@@ -1,5 +1,6 @@
 """The task `distill` where students learn from walks that the teacher walked once."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ from ado_tasks.config import parse
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.grids import uniform_time
 from ado_tasks.distill import distill
+from ado_tasks.distillation import progressive
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.optimise.cost import distillation_passes
 from ado_tasks.optimise.matching import MatchingConfig
 from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.walks import Walks, walked
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import StopWhen
-from ado_tasks.sampling import Sampler, draw
+from ado_tasks.sampling import Draw, Sampler, draw
 from ado_tasks.storage import load_arrays, read_json
 from ado_tasks.train import TrainConfig, train
 from ado_tasks.variants import student_variants
@@ -72,6 +75,32 @@ def test_students_come_near_the_end_of_the_teachers_walk_on_noise_that_nobody_wa
         assert np.mean((own - end) ** 2) < 0.5 * np.mean((plain - end) ** 2), variant.nfe
 
 
+def test_it_is_the_teacher_that_walks_by_its_solver_and_past_the_students_times(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the network that the first student begins as."""
+    found: list[Walks] = []
+
+    def watched(*given: Any) -> Walks:
+        found.append(walked(*given))
+        return found[-1]
+
+    monkeypatch.setattr(progressive, "walked", watched)
+    config = TrainConfig(model=MODEL, steps=5, batch_size=8, warmup_steps=1)
+    train(config, dataset=place / "data", out=place / "other", scratch=place / "scratch", seed=1)
+    config = DistillConfig(
+        teacher_steps=10, teacher_solver="dpmpp_2m", student_steps=(4, 2), stage_steps=1, batch_size=4, walks=20,
+        times=KNOTS,
+    )  # fmt: skip
+    taught(place, "by the teacher", config, start=place / "other")
+    [walks] = found
+    assert walks.times == KNOTS
+    sampler = Sampler(read_model(place / "teacher"))
+    start = Draw(walks.states[:, 0], walks.labels)
+    np.testing.assert_allclose(walks.states[:, 4], sampler(start, "dpmpp_2m", uniform_time(10)), atol=1e-3)
+    np.testing.assert_allclose(walks.states[:, 2], sampler(start, "dpmpp_2m", uniform_time(10)[:3]), atol=1e-3)
+
+
 @pytest.mark.parametrize("at", [2, 6, 9, 12])
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(place: Path, at: int) -> None:
     """Among the walks (two files), in a stage, in matching, in the next stage."""
@@ -112,15 +141,20 @@ def test_matching_samples_from_the_walks_noise_and_holds_on_to_their_ends(place:
 
 
 def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path) -> None:
-    common: dict[str, Any] = {"teacher_steps": 8, "student_steps": (4,), "stage_steps": 2, "batch_size": 8}
+    matching = MatchingConfig(steps=(0,))
+    common: dict[str, Any] = {
+        "teacher_steps": 8, "student_steps": (4,), "stage_steps": 2, "batch_size": 8, "matching": matching
+    }  # fmt: skip
+    held = DistillConfig(**{**common, "matching": replace(matching, hold_on_to="walks")}, walks=20, times=KNOTS)
     said = [
         read_json(taught(place, name, config) / "4" / "ado.json")["history"][-1]
         for name, config in (
-            ("walks", DistillConfig(**common, walks=20, times=KNOTS)), ("no walks", DistillConfig(**common))
+            ("walks", held), ("no walks", DistillConfig(**common))
         )
     ]  # fmt: skip
     assert [done["config"].get("walks") for done in said] == [20, None]
     assert "walks" not in said[1]["config"]
+    assert [done["config"]["matching"].get("hold_on_to") for done in said] == ["walks", None]
     found = distillation_passes({"history": said[:1]})
     assert found is not None and found.evaluations == 20 * 8 + 2 * 8 * 3
 
@@ -137,7 +171,7 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
         ),
         ({"walks": 0}, r"walks"),
         ({"student_steps": [5, 2]}, "a student of 2 steps cannot replace 5"),
-        ({"teacher_steps": 4}, "a student of 4 steps cannot replace 4"),
+        ({"teacher_steps": 4}, "a student of 4 steps cannot replace 4 steps; allowed: a smaller number"),
     ],
 )
 def test_what_does_not_go_with_walks_is_refused(values: dict[str, Any], message: str) -> None:

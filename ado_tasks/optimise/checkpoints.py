@@ -20,7 +20,7 @@ from ado_tasks.backend import mx, numeric_fingerprint
 from ado_tasks.closure import code_hash
 from ado_tasks.errors import ArtifactError
 
-_SUM = "sha256"  # key of the header's metadata
+SUM = "sha256"  # key of `sum_of` in the header's metadata
 _NAME = re.compile(r"step-(\d{8,})\.safetensors", re.ASCII)
 KEEP = 2  # the newest, and one more in case the newest is damaged
 
@@ -51,7 +51,7 @@ class Checkpoints:
 
     def save(self, step: int, state: Mapping[str, mx.array]) -> None:
         """Keep the state after `step` steps, and the one before it."""
-        storage.save_arrays(self._path(step), state, {_SUM: _sum_of(state)})
+        storage.save_arrays(self._path(step), state, {SUM: sum_of(state)})
         for old in self._steps()[:-KEEP]:
             self._path(old).unlink(missing_ok=True)
 
@@ -62,7 +62,7 @@ class Checkpoints:
                 state, metadata = storage.load_arrays_and_metadata(self._path(step))
             except ArtifactError:
                 continue
-            if metadata.get(_SUM) == _sum_of(state):
+            if metadata.get(SUM) == sum_of(state):
                 return step, state
         return None
 
@@ -83,7 +83,7 @@ class Checkpoints:
         return sorted(int(name[1]) for name in names if name)
 
 
-def _sum_of(state: Mapping[str, mx.array]) -> str:
+def sum_of(state: Mapping[str, mx.array]) -> str:
     """The SHA-256 of names, types, shapes and bytes: a bit that flipped on a disk must not end in a model."""
     digest = hashlib.sha256()
     for name in sorted(state):

@@ -58,9 +58,9 @@ class DistillConfig:
     # from the student before in both.
     taught_by: Literal["previous", "first"] = "previous"
     shards: Annotated[int, Field(ge=1, le=16)] = 2  # parts of a batch computed at the same time on a CPU
-    # Noises from which the first teacher walks to images once, in teacher_steps uniform steps; every stage then learns
-    # from the states on these walks, and the first student's steps need not divide those: see optimise/walks.py. None:
-    # from noised images, the teacher asked at each step
+    # Noises from which the first teacher walks to images once, in teacher_steps uniform steps of float32; every stage
+    # then learns from the states on these walks, all held in memory, and the first student's steps need not divide
+    # those: see optimise/walks.py. None: from noised images, the teacher asked at each step
     walks: Annotated[int, Field(ge=1)] | None = None
     precision: Precision = "float32"  # of a pass of student or teacher; weights, state, matching's scores are float32
     targets_together: Annotated[int, Field(ge=1)] = 1  # steps whose targets are computed at once: faster, more memory

@@ -24,9 +24,10 @@ from ado_tasks.diffusion.denoiser import Denoiser
 from ado_tasks.diffusion.schedules import NoiseSchedule
 from ado_tasks.errors import ArtifactError, DivergenceError
 from ado_tasks.optimise.batches import images_of_step
+from ado_tasks.optimise.checkpoints import SUM, sum_of
 from ado_tasks.optimise.progressive import WalkSolver, states_on_the_way
 from ado_tasks.report import Reporter
-from ado_tasks.storage import load_arrays, save_arrays
+from ado_tasks.storage import load_arrays_and_metadata, save_arrays
 
 Denoising = Callable[[Sequence[mx.array]], Denoiser]  # labels (none or one array of them) to the teacher with them
 AT_ONCE = 512  # walks at the same time, and in one file of what is kept
@@ -75,7 +76,8 @@ def walked(
     """Let the teacher walk from `count` noises in `teacher_steps` uniform steps of its solver.
 
     Labels are as frequent as in `part`. What has been walked is kept in `scratch`, from where a run that was
-    interrupted goes on; a damaged file is walked anew.
+    interrupted goes on; what is damaged, or is not of these walks, is walked anew. All states are held in memory:
+    count × len(times) images in float32.
 
     Raises:
         DivergenceError: a state is not finite.
@@ -84,10 +86,10 @@ def walked(
     if part.num_classes:
         labels = part.labels[images_of_step(len(part), count, rng.derive(seed, "walks", "labels"), 0)].astype(np.int32)
     grid = 1 - np.arange(teacher_steps + 1) / teacher_steps
-    pieces = []
+    found = np.empty((count, len(times), *part.shape), np.float32)
     for first in range(0, count, AT_ONCE):
         path, here = scratch / f"walks-{first:08d}.safetensors", np.arange(first, min(first + AT_ONCE, count))
-        states = _kept(path)
+        states = _kept(path, (len(here), *found.shape[1:]))
         if states is None:
             noise = mx.random.normal((len(here), *part.shape), key=rng.key(seed, "walks", "noise", first))
             teacher = denoising([] if labels is None else [mx.array(labels[here])])
@@ -95,14 +97,18 @@ def walked(
             states = np.stack([np.array(state) for state in passed], axis=1)
             if not np.isfinite(states).all():
                 raise DivergenceError(f"walks of the teacher are not finite ({teacher_steps} steps of {solver})")
-            save_arrays(path, {"states": states})
-        pieces.append(states)
+            kept = {"states": mx.array(states)}
+            save_arrays(path, kept, {SUM: sum_of(kept)})
+        found[here] = states
         report.progress(min(first + AT_ONCE, count), count)
-    return Walks(times, np.concatenate(pieces), labels, seed)
+    return Walks(times, found, labels, seed)
 
 
-def _kept(path: Path) -> npt.NDArray[np.float32] | None:
+def _kept(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
+    """The states in a file of what has been walked; None where it is not there, damaged, or of another shape."""
     try:
-        return np.array(load_arrays(path)["states"])
-    except (ArtifactError, KeyError):
+        kept, metadata = load_arrays_and_metadata(path)
+    except ArtifactError:
         return None
+    whole = metadata.get(SUM) == sum_of(kept) and set(kept) == {"states"}
+    return np.array(kept["states"]) if whole and kept["states"].shape == shape else None

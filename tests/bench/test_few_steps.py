@@ -63,6 +63,13 @@ def test_the_default_methods_spend_the_budget_and_keep_their_proportions():
 def test_without_walks_the_teachers_steps_are_some_that_students_divide():
     kept = {"walks": 9, "hold_on_to": "walks", "teacher_steps": 50, "student_steps": [8, 4]}
     assert ways.without_walks(kept) == {"teacher_steps": 48, "student_steps": [8, 4]}
+    assert ways.without_walks({**kept, "teacher_steps": 10})["teacher_steps"] == 16  # 8 would be the student's own
+
+
+@pytest.mark.parametrize("preset", sorted(Path(__file__).parents[2].glob("params*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_has_its_usual_methods(preset):
+    """Also one whose matching holds on to walks, which does not go with an adversarial term."""
+    assert {"+ matching", "+ matching, adversarial"} <= set(ways.methods_of(yaml.safe_load(preset.read_text())))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Walks that are walked once: what is kept of them, and what a student of few steps is shown."""
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +11,18 @@ import pytest
 from ado_tasks import rng
 from ado_tasks.backend import mx
 from ado_tasks.datasets.shards import Split, open_dataset
+from ado_tasks.diffusion.denoiser import Denoiser
 from ado_tasks.diffusion.oracles import gaussian_denoiser, gaussian_solution
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.diffusion.solvers import ddim, ddim_step, dpmpp_2m
 from ado_tasks.errors import DivergenceError
 from ado_tasks.optimise import walks as module
 from ado_tasks.optimise.progressive import WalkSolver, levels, states_on_the_way, target
+from ado_tasks.optimise.students import DistillConfig, Stage
 from ado_tasks.optimise.walks import Walks, walked
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import SILENT, Recorder, StopWhen
+from ado_tasks.storage import load_arrays, save_arrays
 
 SCHEDULE = Cosine()
 TIMES = (1.0, 0.9, 0.85, 0.6, 0.0)
@@ -64,6 +69,15 @@ def test_at_a_time_of_the_teachers_own_the_state_is_its_own_and_between_two_on_t
     assert float(mx.abs(between - (at + trajectory[2]) / 2).max()) > 1e-4  # of constant estimate, not of pixels
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_at_all_times_of_the_teachers_own_the_states_are_the_samplers(solver: WalkSolver) -> None:
+    noise = mx.random.normal((3, 4, 4, 1), key=rng.key(0, "walk"))
+    _, trajectory = SAMPLERS[solver](bent, noise, uniform(10), SCHEDULE, trajectory=True)
+    states = states_on_the_way(bent, noise, uniform(10), uniform(10)[1:].tolist(), SCHEDULE, solver)
+    for state, own in zip(states, trajectory[1:], strict=True):
+        np.testing.assert_allclose(np.array(state), np.array(own), atol=2e-5)
+
+
 def test_a_fine_walk_is_the_exact_solution_where_it_is_known() -> None:
     noise, spread = mx.random.normal((2, 4, 4, 1), key=rng.key(0, "exact")), 0.5
     states = states_on_the_way(gaussian_denoiser(SCHEDULE, spread), noise, uniform(400), TIMES[1:], SCHEDULE)
@@ -98,6 +112,60 @@ def test_the_target_of_a_leg_leads_to_its_end(part: Split, tmp_path: Path) -> No
     np.testing.assert_allclose(np.array(landed), np.array(batch["end"]), atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_stage_is_shown_times_targets_and_weights_as_in_closed_form(part: Split, tmp_path: Path, stage: int) -> None:
+    config = DistillConfig(
+        teacher_steps=10, student_steps=(4, 2, 1), batch_size=8, times=TIMES, walks=10, loss="v"
+    )  # fmt: skip
+    walks = walk(part, tmp_path)
+    batch = Stage(config, stage, config.interval_of(stage), SCHEDULE, "v_prediction", 0, walks).batch_of_legs(3)
+    seen, leg = walks.legs(3, 8, config.student_steps[stage])
+    times = np.array(TIMES)[:: 2**stage]
+    z, end = (np.array(seen[name], np.float64) for name in ("z", "end"))
+    (alpha, sigma), (after, less) = (SCHEDULE.alpha_sigma(times[at]) for at in (leg, leg + 1))
+    ratio = (less / sigma)[:, None, None, None]
+    wanted = (end - ratio * z) / (after[:, None, None, None] - ratio * alpha[:, None, None, None])
+    np.testing.assert_allclose(np.array(batch["t"]), times[leg], rtol=1e-6)
+    np.testing.assert_allclose(np.array(batch["target"]), wanted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(np.array(batch["weight"]), 1 + (alpha / sigma) ** 2, rtol=1e-4)
+    np.testing.assert_array_equal(np.array(batch["labels"]), np.array(seen["labels"]))
+    assert set(batch) == {"z", "t", "target", "weight", "labels"}
+
+
+def test_a_walk_has_another_leg_at_another_step(part: Split, tmp_path: Path) -> None:
+    walks = walk(part, tmp_path)
+    assert len({tuple(walks.legs(step, 8, 4)[1]) for step in range(5)}) == 5
+
+
+def test_every_walk_comes_once_in_as_many_steps_as_go_through_all(part: Split, tmp_path: Path) -> None:
+    walks = walk(part, tmp_path)
+    for seen in (
+        [walks.legs(step, 5, 1)[0]["z"] for step in (0, 1)], [walks.pairs(step, 5, 1)["noise"] for step in (0, 1)]
+    ):  # fmt: skip
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate(seen).reshape(10, -1), axis=0), np.sort(walks.states[:, 0].reshape(10, -1), axis=0)
+        )
+
+
+def test_each_walk_has_a_noise_of_its_own_and_the_label_that_the_teacher_was_told(
+    part: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the second piece of what is walked, and the third, which is smaller."""
+    monkeypatch.setattr(module, "AT_ONCE", 4)
+
+    def denoising(labels: Sequence[mx.array]) -> Denoiser:
+        told = labels[0].astype(mx.float32)[:, None, None, None]
+        return lambda z, t: mx.broadcast_to(told, z.shape)  # an image that is its label
+
+    walks = walked(denoising, TIMES, 10, "ddim", 10, part, SCHEDULE, 0, tmp_path, SILENT)
+    assert walks.labels is not None
+    np.testing.assert_allclose(walks.states[:, -1, 0, 0, 0], walks.labels, atol=1e-5)
+    assert len(np.unique(walks.states[:, 0, 0, 0, 0])) == 10
+    other = walked(denoising, TIMES, 10, "ddim", 10, part, SCHEDULE, 1, tmp_path / "other", SILENT)
+    assert other.labels is not None
+    assert not np.array_equal(other.labels, walks.labels)  # drawn, not the first of the part
+
+
 def test_pairs_are_the_ends_of_a_walk_and_come_in_another_order_than_legs(part: Split, tmp_path: Path) -> None:
     walks = walk(part, tmp_path)
     pairs, (legs, _) = walks.pairs(0, 10, 1), walks.legs(0, 10, 1)
@@ -107,6 +175,21 @@ def test_pairs_are_the_ends_of_a_walk_and_come_in_another_order_than_legs(part: 
     assert walks.labels is not None
     np.testing.assert_array_equal(np.array(pairs["labels"]), walks.labels[rows])
     assert not np.array_equal(np.array(legs["z"]), np.array(pairs["noise"]))
+
+
+def test_where_there_are_no_classes_there_are_no_labels(part: Split, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def denoising(labels: Sequence[mx.array]) -> Denoiser:
+        asked.append(len(labels))
+        return bent
+
+    walks = walked(
+        denoising, TIMES, 10, "ddim", 3, replace(part, num_classes=0), SCHEDULE, 0, tmp_path, SILENT
+    )  # fmt: skip
+    assert asked == [0]
+    assert set(walks.legs(0, 8, 2)[0]) == {"z", "end"}  # more than there are walks
+    assert set(walks.pairs(0, 8, 2)) == {"noise", "end"}
 
 
 def test_labels_are_as_frequent_as_in_the_train_part(part: Split, tmp_path: Path) -> None:
@@ -141,6 +224,22 @@ def test_what_was_walked_is_kept_and_what_is_damaged_is_walked_anew(
     assert asked == [4] * 10 + [2] * 10  # the damaged one and the last; the second was there
     np.testing.assert_array_equal(resumed.states, whole.states)
     assert [(done, total) for done, total, _ in recorder.steps] == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_what_is_readable_and_not_of_these_walks_is_walked_anew(part: Split, tmp_path: Path) -> None:
+    whole = walk(part, tmp_path).states
+    path = tmp_path / "walks-00000000.safetensors"
+    kept = path.read_bytes()
+    flipped = bytearray(kept)
+    flipped[-2] ^= 1  # a bit of the last number: a readable file of the right shape
+    path.write_bytes(bytes(flipped))
+    np.testing.assert_array_equal(walk(part, tmp_path).states, whole)
+    walk(part, tmp_path, count=7)
+    assert len(load_arrays(path)["states"]) == 7
+    np.testing.assert_array_equal(walk(part, tmp_path).states, whole)
+    save_arrays(path, {"others": whole})
+    np.testing.assert_array_equal(walk(part, tmp_path).states, whole)
+    assert path.read_bytes() == kept
 
 
 def test_walks_depend_on_the_seed(part: Split, tmp_path: Path) -> None:
