@@ -49,7 +49,7 @@ table:  ## print the table of the last run again
 	@$(RUN) python -m ado_tasks compare
 
 test: install-all  ## run the tests
-	@$(RUN) python -m pytest -m "not bars" -n 2 --dist loadfile
+	@$(RUN) python -m pytest -m "not bars" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install-all  ## linters, types, layers
 	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) pyright && $(RUN) lint-imports
