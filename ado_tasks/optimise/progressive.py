@@ -79,7 +79,7 @@ def states_on_the_way(
     """Where such a walk from z_t (B, H, W, C) along `times` (K + 1,), the same for all, passes each time of `stops`.
 
     A step of either solver is a line of constant estimate, and so is a part of it: a stop between two times is on the
-    walk, which does not change for it and costs nothing more.
+    walk, which does not change for it and costs nothing more. A state (B, H, W, C) for each stop, in order.
 
     Raises:
         ValueError: stops do not fall, or one does not lie below times[0] and at or above times[-1].

@@ -137,7 +137,7 @@ class DistillConfig:
     def walk_of(self, stage: int) -> int:
         """Steps that the teacher of a stage takes in the place of one of the student's."""
         first = stage == 0 or self.taught_by == "first"
-        return max(1, (self.teacher_steps if first else self.student_steps[stage - 1]) // self.student_steps[stage])
+        return (self.teacher_steps if first else self.student_steps[stage - 1]) // self.student_steps[stage]
 
     def interval_of(self, stage: int) -> Interval:
         """Where the student of a stage steps, and its teacher between."""
