@@ -101,12 +101,53 @@ def test_it_is_the_teacher_that_walks_by_its_solver_and_past_the_students_times(
     np.testing.assert_allclose(walks.states[:, 2], sampler(start, "dpmpp_2m", uniform_time(10)[:3]), atol=1e-3)
 
 
-@pytest.mark.parametrize("at", [2, 6, 9, 12])
+def test_the_first_student_walks_on_for_the_next_from_other_noises_and_in_its_own_steps(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is after its matching."""
+    given: list[Any] = []
+    found: list[Walks] = []
+
+    def watched(*arguments: Any) -> Walks:
+        given.append(arguments)
+        found.append(walked(*arguments))
+        return found[-1]
+
+    seen: list[int] = []
+    legs = Walks.legs
+
+    def counted(self: Walks, step: int, size: int, student_steps: int) -> Any:
+        seen.append(len(self.states))
+        return legs(self, step, size, student_steps)
+
+    monkeypatch.setattr(progressive, "walked", watched)
+    monkeypatch.setattr(Walks, "legs", counted)
+    config = DistillConfig(
+        teacher_steps=10, student_steps=(4, 2, 1), stage_steps=2, batch_size=4, walks=20, further_walks=30,
+        times=KNOTS, learning_rate=1e-2, matching=MatchingConfig(steps=(2, 0, 0), batch_size=4, learning_rate=1e-2),
+    )  # fmt: skip
+    folder = taught(place, "further", config)
+    teachers, own = found
+    assert (len(teachers.states), len(own.states)) == (20, 30)
+    assert seen == [20, 20, 50, 50, 50, 50]
+    assert not np.isin(own.states[:, 0, 0, 0, 0], teachers.states[:, 0, 0, 0, 0]).any()
+    student = student_variants(folder)[0]
+    assert student.nfe == 4
+    end = Sampler(student.model)(Draw(own.states[:, 0], own.labels), "ddim", student.times)
+    np.testing.assert_allclose(own.states[:, -1], end, atol=1e-3)
+    both = teachers.and_those_of(own)
+    np.testing.assert_array_equal(both.states[20:], own.states)
+    np.testing.assert_array_equal(np.array(both.labels)[:20], teachers.labels)
+    np.testing.assert_array_equal(np.array(both.labels)[20:], own.labels)
+
+
+@pytest.mark.parametrize("at", [2, 5, 7, 10, 13])
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(place: Path, at: int) -> None:
-    """Among the walks (two files), in a stage, in matching, in the next stage."""
+    """Among the walks (two files), in a stage, in matching, among the student's walks, in the next stage."""
     config = DistillConfig(
         teacher_steps=6, student_steps=(2, 1), stage_steps=12, batch_size=8, checkpoint_every=3, walks=600,
         times=(1, 0.8, 0), matching=MatchingConfig(steps=(5, 5), batch_size=4, hold_on_to="walks"),
+        further_walks=1100, optimiser="muon",
     )  # fmt: skip
     if not (place / "whole").exists():
         taught(place, "whole", config)
@@ -153,7 +194,7 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
         )
     ]  # fmt: skip
     assert [done["config"].get("walks") for done in said] == [20, None]
-    assert "walks" not in said[1]["config"]
+    assert not {"walks", "further_walks", "optimiser"} & set(said[1]["config"])
     assert [done["config"]["matching"].get("hold_on_to") for done in said] == ["walks", None]
     found = distillation_passes({"history": said[:1]})
     assert found is not None and found.evaluations == 20 * 8 + 2 * 8 * 3
@@ -170,6 +211,9 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
             "walks, and there are none",
         ),
         ({"walks": 0}, r"walks"),
+        ({"further_walks": 5, "student_steps": [4]}, "with walks and two student_steps or more"),
+        ({"further_walks": 5, "walks": None, "teacher_steps": 8}, "with walks and two student_steps or more"),
+        ({"optimiser": "sgd"}, r"optimiser: .*adam.*muon"),
         ({"student_steps": [5, 2]}, "a student of 2 steps cannot replace 5"),
         ({"teacher_steps": 4}, "a student of 4 steps cannot replace 4 steps; allowed: a smaller number"),
     ],

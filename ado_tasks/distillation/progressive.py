@@ -1,14 +1,19 @@
 """Progressive distillation from a teacher's folder to its students': a chain, each taught by the one before."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from ado_tasks import rng
 from ado_tasks.backend import mx
 from ado_tasks.config import as_plain, as_recorded
 from ado_tasks.datasets.shards import Dataset, Split, open_dataset
 from ado_tasks.diffusion.denoiser import Denoiser, make_denoiser
+from ado_tasks.diffusion.grids import uniform_time
 from ado_tasks.diffusion.schedules import NoiseSchedule, schedule_from_diffusers
 from ado_tasks.distillation.stopping import Stopping
 from ado_tasks.errors import ConfigError
@@ -18,6 +23,7 @@ from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.cost import distillation_passes
 from ado_tasks.optimise.loop import Curve
+from ado_tasks.optimise.progressive import WalkSolver
 from ado_tasks.optimise.students import DistillConfig, Stage, with_weights
 from ado_tasks.optimise.walks import Walks, walked
 from ado_tasks.parallel import sharded_apply
@@ -25,6 +31,8 @@ from ado_tasks.pictures import save_curves
 from ado_tasks.report import Reporter
 from ado_tasks.storage import atomic_folder, sha256_tree, write_json
 from ado_tasks.variants import INDEX
+
+WALKS, FURTHER = "-walks", "-further"  # of the names of folders in which walks are kept
 
 
 def teach(
@@ -62,7 +70,8 @@ def teach(
     key = run_key(__name__, as_plain(config), inputs, seed)
     part = data.split("train")
 
-    walks = _walks(config, first, part, schedule, kind, seed, scratch / f"{key}-walks", report)
+    walking = Walking(config, part, schedule, kind, seed, scratch / key, report)
+    walks = walking.of_teacher(first)
     curves: dict[str, Curve] = {}
     weights: dict[int, Any] = {}
     for number, after in enumerate(config.student_steps):
@@ -76,6 +85,7 @@ def teach(
             weights[after], curve = stage.match(student, teaching, first, part, checkpoints, report)
             student = with_weights(student, weights[after])
             curves[f"{after} steps, matching"] = curve
+        walks = walking.further(walks, number, student)
         if stopping and not stopping.goes_on(begins, weights[after], stage.interval.grid(), report):
             break
 
@@ -91,30 +101,57 @@ def teach(
     report.picture("distillation", out / "distillation.png")
     spent = distillation_passes(_record(begins, config, list(weights)[-1], seed, None))
     report.metric("evaluations", spent.evaluations if spent else 0)
-    Checkpoints.under(scratch, f"{key}-walks").clear()
+    walking.clear()
     for after in config.student_steps:
         Checkpoints.under(scratch, key + f"-{after}").clear()
         Checkpoints.under(scratch, key + f"-{after}-matched").clear()
     return {steps: curves[f"{steps} steps"][-1][1] for steps in weights}
 
 
-def _walks(
-    config: DistillConfig, teacher: UNet2D, part: Split, schedule: NoiseSchedule, kind: str, seed: int, scratch: Path,
-    report: Reporter,
-) -> Walks | None:  # fmt: skip
-    """The teacher's walks that every stage learns from, where the config asks for them."""
-    if config.walks is None:
-        return None
-    apply = sharded_apply(teacher, config.shards)
+@dataclass(frozen=True)
+class Walking:
+    """Who walks from noise to image for the students to learn from, where the config asks for walks."""
 
-    def denoising(labels: Sequence[mx.array]) -> Denoiser:
-        return make_denoiser(lambda z, timestep: apply(z, timestep, *labels), schedule, kind)
+    config: DistillConfig
+    part: Split
+    schedule: NoiseSchedule
+    kind: str
+    seed: int
+    scratch: Path  # what is walked is kept in folders beside it
+    report: Reporter
 
-    times = tuple(config.interval_of(0).grid().tolist())
-    return walked(
-        denoising, times, config.teacher_steps, config.teacher_solver, config.walks, part, schedule, seed,
-        scratch, report,
-    )  # fmt: skip
+    def of_teacher(self, teacher: UNet2D) -> Walks | None:
+        """The teacher's walks, which every stage learns from; None where there are to be none."""
+        count, grid = self.config.walks, uniform_time(self.config.teacher_steps)
+        return self._walked(teacher, count, grid, self.config.teacher_solver, self.seed, WALKS) if count else None
+
+    def further(self, walks: Walks | None, number: int, student: UNet2D) -> Walks | None:
+        """What later stages learn from after stage `number`: with the first student's own walks, where there are any.
+
+        They begin in noise that the teacher's do not begin in, and take the student's own steps.
+        """
+        count = self.config.further_walks
+        if walks is None or count is None or number:
+            return walks
+        seed = rng.derive(self.seed, "further walks")
+        return walks.and_those_of(self._walked(student, count, np.array(walks.times), "ddim", seed, FURTHER))
+
+    def clear(self) -> None:
+        """Forget what is kept."""
+        for name in (WALKS, FURTHER):
+            Checkpoints.under(self.scratch.parent, self.scratch.name + name).clear()
+
+    def _walked(
+        self, unet: UNet2D, count: int, grid: npt.NDArray[np.float64], solver: WalkSolver, seed: int, name: str
+    ) -> Walks:
+        apply = sharded_apply(unet, self.config.shards)
+
+        def denoising(labels: Sequence[mx.array]) -> Denoiser:
+            return make_denoiser(lambda z, timestep: apply(z, timestep, *labels), self.schedule, self.kind)
+
+        kept = self.scratch.with_name(self.scratch.name + name)
+        times = tuple(self.config.interval_of(0).grid().tolist())
+        return walked(denoising, times, grid, solver, count, self.part, self.schedule, seed, kept, self.report)
 
 
 def _other(start: Path, teacher: StoredModel, where: Path) -> StoredModel:
@@ -172,7 +209,7 @@ def _record(begins: StoredModel, config: DistillConfig, steps: int, seed: int, s
     if matched and config.adversarial_weight_of(stage):
         method += ", adversarial"
     unsaid = {"stop": "never", "targets_together": 1, "taught_by": "previous", "precision": "float32", "times": None,
-              "walks": None}  # fmt: skip
+              "walks": None, "further_walks": None, "optimiser": "adam"}  # fmt: skip
     settings = as_recorded(config, **unsaid)
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key

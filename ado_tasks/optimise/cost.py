@@ -74,7 +74,7 @@ def progressive_passes(config: Mapping[str, Any], steps: int) -> Passes:
     teacher again where regression holds on to it, then a gradient of the student and one of the critic. With an
     adversarial term half of the critic, where its features are narrowest, is gone through three times more: back to the
     sample, and forth and back with real images. Where students learn from walks, these come first, of teacher_steps
-    evaluations each, and no step of a stage asks a teacher again.
+    evaluations each, and no step of a stage asks a teacher again; walks of the first student's own cost its steps.
     """
     students = list(config["student_steps"])
     matching, walks, before = config.get("matching"), config.get("walks"), config["teacher_steps"]
@@ -90,6 +90,8 @@ def progressive_passes(config: Mapping[str, Any], steps: int) -> Passes:
             if _weight(matching.get("adversarial"), stage):
                 total += Passes(images // 2, images)
         before = n
+        if stage == 0 and steps < n:
+            total += Passes((config.get("further_walks") or 0) * n, 0)
     return total
 
 

@@ -1,4 +1,4 @@
-"""One optimiser step, compiled: gradient over parallel parts of the batch, global clip, Adam, averaged weights.
+"""One optimiser step, compiled: gradient over parallel parts of the batch, global clip, Adam or Muon, averaged weights.
 
 The state is a flat dictionary of arrays, so that a checkpoint is exactly that dictionary and a resumed run goes on with
 the same bytes. Everything that changes between steps is an array: a Python number would be compiled in.
@@ -8,15 +8,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.errors import ArtifactError
+from ado_tasks.optimise.muon import hidden, momentum_and_step
 from ado_tasks.parallel import Batch, Loss, Parts, SideBySide, Tree
 
 Vectors = dict[str, mx.array]  # by kind: "parameters", "adam.first", "adam.second" and, where one is kept, "average"
 Arrays = dict[str, mx.array]  # parameters by name
+Optimiser = Literal["adam", "muon"]
 
 BETAS = (0.9, 0.999)  # Kingma & Ba 2015, algorithm 1
 EPSILON = 1e-8  # the same; outside the square root, as in PyTorch
@@ -77,12 +80,14 @@ class Layout:
 class TrainStep:
     """Adam with bias correction (Kingma & Ba 2015, algorithm 1), a clipped global gradient norm, and averaged weights.
 
+    With "muon" the matrices inside the network take Muon's step in the place of Adam's (see `optimise/muon.py`).
+
     `step(batch, learning_rate)` returns the loss before the step. `state` is what a checkpoint keeps.
     """
 
     def __init__(
         self, loss: Loss, parameters: Tree, *, clip: float, ema_decay: float | None, shards: int = 1,
-        accumulate: int = 1,
+        accumulate: int = 1, optimiser: Optimiser = "adam",
     ):  # fmt: skip
         """Start from `parameters`.
 
@@ -93,9 +98,10 @@ class TrainStep:
         ema_decay: of the averaged weights, approached as `averaging_decay` says; None keeps no average.
         shards: parts of a batch computed at the same time on a CPU (see parallel.py). Decides the last bits.
         accumulate: pieces of a batch computed one after another, for less memory. Decides the last bits too.
+        optimiser: of the matrices inside the network; all else is Adam's.
         """
         self._layout = Layout.of(parameters)
-        self._clip, self._ema_decay, self._done = clip, ema_decay, 0
+        self._clip, self._ema_decay, self._optimiser, self._done = clip, ema_decay, optimiser, 0
         self._accumulate = accumulate
         self._value_and_grad = mx.value_and_grad(loss)
         self._gradient = Parts(self._gradient_of, shards)
@@ -157,8 +163,11 @@ class TrainStep:
             # Each group works out the whole norm for itself: cheaper than to wait for another stream.
             gradients = [weighted_sum(shares, [part[group] for part in parts]) for group in range(len(self._groups))]
             norm = mx.sqrt(sum((mx.sum(gradient * gradient) for gradient in gradients), mx.array(0.0)))
-            new = adam(vectors, gradients[number], norm, rates, self._clip)
-            return new, self._groups[number].unflatten(new["parameters"])
+            clipped = gradients[number] * mx.minimum(self._clip / (norm + CLIP_EPSILON), 1.0)
+            new = adam(vectors, clipped, rates)
+            if self._optimiser == "muon":
+                new = muon(self._groups[number], vectors, new, clipped, rates[3])
+            return average(vectors, new, rates[2]), self._groups[number].unflatten(new["parameters"])
 
         return update
 
@@ -225,23 +234,42 @@ def averaging_decay(done: int, decay: float) -> float:
 
 
 def step_rates(done: int, learning_rate: float, ema_decay: float | None) -> list[float]:
-    """What changes from step to step, worked out in float64: α/(1-β₁ᵗ), 1/(1-β₂ᵗ), 1 - decay; t = done + 1."""
+    """What changes from step to step, in float64: α/(1-β₁ᵗ), 1/(1-β₂ᵗ), 1 - decay, and α itself; t = done + 1."""
     first, second = (1 - beta ** (done + 1) for beta in BETAS)
-    return [learning_rate / first, 1 / second, 0.0 if ema_decay is None else 1 - averaging_decay(done, ema_decay)]
+    decay = 1.0 if ema_decay is None else averaging_decay(done, ema_decay)
+    return [learning_rate / first, 1 / second, 1 - decay, learning_rate]
 
 
-def adam(state: Vectors, gradient: mx.array, norm: mx.array, rates: mx.array, clip: float) -> Vectors:
-    """One step of Adam on a gradient clipped to the norm `clip`, and of the average where one is kept.
+def adam(state: Vectors, gradient: mx.array, rates: mx.array) -> Vectors:
+    """One step of Adam on a gradient that is clipped: parameters and both moments.
 
-    g := g min(1, clip/‖g‖) (Pascanu et al. 2013); m = β₁m + (1-β₁)g; v = β₂v + (1-β₂)g²;
-    θ -= α/(1-β₁ᵗ) m / (√(v/(1-β₂ᵗ)) + ε) (Kingma & Ba 2015, algorithm 1); average += (1 - decay)(θ - average).
-    `norm` is that of the whole gradient; a NaN in it makes every parameter NaN.
+    Before it g := g min(1, clip/‖g‖) (Pascanu et al. 2013), of the whole gradient: a NaN in it makes every parameter
+    NaN. m = β₁m + (1-β₁)g; v = β₂v + (1-β₂)g²; θ -= α/(1-β₁ᵗ) m / (√(v/(1-β₂ᵗ)) + ε) (Kingma & Ba 2015, algorithm 1).
     """
-    gradient = gradient * mx.minimum(clip / (norm + CLIP_EPSILON), 1.0)
     first = BETAS[0] * state["adam.first"] + (1 - BETAS[0]) * gradient
     second = BETAS[1] * state["adam.second"] + (1 - BETAS[1]) * (gradient * gradient)
     parameters = state["parameters"] - rates[0] * first / (mx.sqrt(second * rates[1]) + EPSILON)
-    new = {"parameters": parameters, "adam.first": first, "adam.second": second}
-    if "average" in state:
-        new["average"] = state["average"] + rates[2] * (parameters - state["average"])
-    return new
+    return {"parameters": parameters, "adam.first": first, "adam.second": second}
+
+
+def muon(layout: Layout, state: Vectors, new: Vectors, gradient: mx.array, learning_rate: mx.array) -> Vectors:
+    """What Adam made of the state, with Muon's step where a parameter is a matrix inside the network.
+
+    Its momentum lies where Adam's first moment does; the second one of these parameters is not looked at.
+    """
+    names = hidden(zip(layout.names, layout.shapes, strict=True))
+    before, momenta, slopes = (layout.unflatten(each) for each in (state["parameters"], state["adam.first"], gradient))
+    moved, steps = momentum_and_step({n: momenta[n] for n in names}, {n: slopes[n] for n in names})
+    taken = {name: before[name] - learning_rate * step for name, step in steps.items()}
+    return {
+        **new,
+        "parameters": layout.flatten({**layout.unflatten(new["parameters"]), **taken}),
+        "adam.first": layout.flatten({**layout.unflatten(new["adam.first"]), **moved}),
+    }
+
+
+def average(state: Vectors, new: Vectors, rate: mx.array) -> Vectors:
+    """The new state with the average of the parameters, where one is kept: average += (1 - decay)(θ - average)."""
+    if "average" not in state:
+        return new
+    return {**new, "average": state["average"] + rate * (new["parameters"] - state["average"])}

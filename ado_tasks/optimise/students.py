@@ -24,7 +24,7 @@ from ado_tasks.optimise.checkpoints import Checkpoints
 from ado_tasks.optimise.loop import Curve, Loop, Step
 from ado_tasks.optimise.matching import Matching, MatchingConfig, MatchingStep
 from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target, levels, target
-from ado_tasks.optimise.steps import TrainStep
+from ado_tasks.optimise.steps import Optimiser, TrainStep
 from ado_tasks.optimise.walks import Walks
 from ado_tasks.parallel import sharded_apply
 from ado_tasks.report import Reporter
@@ -50,6 +50,7 @@ class DistillConfig:
     stage_steps: Count | tuple[Count, ...] = 500  # optimiser steps of each stage: one number, or one a stage
     batch_size: Annotated[int, Field(ge=1)] = 64  # images a step
     learning_rate: Rate | tuple[Rate, ...] = 1e-3  # at the start of each stage, falls to 0 in each; or one a stage
+    optimiser: Optimiser = "adam"  # muon: learns more of as many images, see optimise/muon.py; matching's is Adam
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest global norm of a gradient (Salimans & Ho 2022, table 5)
     loss: Literal["truncated_snr", "v"] = "truncated_snr"  # weight on ‖x̂ − x̃‖² (Salimans & Ho 2022, §4)
     charbonnier: Annotated[float, Field(ge=0)] = 0.0  # c of √(w‖·‖² + c²) − c, a pixel; 0: the paper's squared error
@@ -62,6 +63,9 @@ class DistillConfig:
     # then learns from the states on these walks, all held in memory, and the first student's steps need not divide
     # those: see optimise/walks.py. None: from noised images, the teacher asked at each step
     walks: Annotated[int, Field(ge=1)] | None = None
+    # Noises from which the first student walks too, once it is taught, in steps of its own: what later students learn
+    # from beside the teacher's walks, which are dearer and so fewer. None: the teacher's alone
+    further_walks: Annotated[int, Field(ge=1)] | None = None
     precision: Precision = "float32"  # of a pass of student or teacher; weights, state, matching's scores are float32
     targets_together: Annotated[int, Field(ge=1)] = 1  # steps whose targets are computed at once: faster, more memory
     checkpoint_every: Annotated[int, Field(ge=1)] = 250  # steps
@@ -112,6 +116,11 @@ class DistillConfig:
     @model_validator(mode="after")
     def _walks_fit(self) -> Self:
         ends = self.matching is not None and self.matching.hold_on_to == "walks"
+        if self.further_walks and (self.walks is None or len(self.student_steps) < 2):
+            raise ValueError(
+                "further_walks: they are the first student's, beside its teacher's, for later students; allowed: with "
+                "walks and two student_steps or more"
+            )
         if self.walks is None:
             if ends:
                 raise ValueError(
@@ -194,7 +203,10 @@ class Stage:
             frozen = with_weights(teacher, lowered(teacher.parameters(), self.config.precision))
             batches = self.batches(part, self.targets(frozen))
         loss = self.loss(UNet2D(student.config))
-        step = TrainStep(loss, student.parameters(), clip=self.config.clip, ema_decay=None, shards=self.config.shards)
+        step = TrainStep(
+            loss, student.parameters(), clip=self.config.clip, ema_decay=None, shards=self.config.shards,
+            optimiser=self.config.optimiser,
+        )  # fmt: skip
         curve = self._repeat(
             step, f"distill_{self.interval.student_steps}", self.config.steps_of(self.number),
             batches, self.learning_rate_at, checkpoints, report, 0,

@@ -42,6 +42,11 @@ class Walks:
     labels: npt.NDArray[np.int32] | None  # (count,); None where there are no classes
     seed: int
 
+    def and_those_of(self, other: "Walks") -> "Walks":
+        """All walks of both, which pass the same times."""
+        labels = None if self.labels is None or other.labels is None else np.append(self.labels, other.labels)
+        return Walks(self.times, np.concatenate([self.states, other.states]), labels, self.seed)
+
     def legs(self, step: int, size: int, student_steps: int) -> tuple[dict[str, mx.array], npt.NDArray[np.intp]]:
         """One leg of each of `size` walks, from one of a student's times to its next: for one optimiser step.
 
@@ -70,10 +75,10 @@ class Walks:
 
 
 def walked(
-    denoising: Denoising, times: tuple[float, ...], teacher_steps: int, solver: WalkSolver, count: int, part: Split,
-    schedule: NoiseSchedule, seed: int, scratch: Path, report: Reporter,
+    denoising: Denoising, times: tuple[float, ...], grid: npt.NDArray[np.float64], solver: WalkSolver, count: int,
+    part: Split, schedule: NoiseSchedule, seed: int, scratch: Path, report: Reporter,
 ) -> Walks:  # fmt: skip
-    """Let the teacher walk from `count` noises in `teacher_steps` uniform steps of its solver.
+    """Let a teacher walk from `count` noises in its solver's steps along `grid`, past `times`; both go from 1 to 0.
 
     Labels are as frequent as in `part`. What has been walked is kept in `scratch`, from where a run that was
     interrupted goes on; what is damaged, or is not of these walks, is walked anew. All states are held in memory:
@@ -85,7 +90,6 @@ def walked(
     labels = None
     if part.num_classes:
         labels = part.labels[images_of_step(len(part), count, rng.derive(seed, "walks", "labels"), 0)].astype(np.int32)
-    grid = 1 - np.arange(teacher_steps + 1) / teacher_steps
     found = np.empty((count, len(times), *part.shape), np.float32)
     for first in range(0, count, AT_ONCE):
         path, here = scratch / f"walks-{first:08d}.safetensors", np.arange(first, min(first + AT_ONCE, count))
@@ -96,7 +100,7 @@ def walked(
             passed = [noise, *states_on_the_way(teacher, noise, grid, times[1:], schedule, solver)]
             states = np.stack([np.array(state) for state in passed], axis=1)
             if not np.isfinite(states).all():
-                raise DivergenceError(f"walks of the teacher are not finite ({teacher_steps} steps of {solver})")
+                raise DivergenceError(f"walks of the teacher are not finite ({len(grid) - 1} steps of {solver})")
             kept = {"states": mx.array(states)}
             save_arrays(path, kept, {SUM: sum_of(kept)})
         found[here] = states

@@ -136,6 +136,22 @@ def test_walks_are_counted_once_and_no_stage_asks_a_teacher_again(
     assert found is not None and found.evaluations == 600 * 10 + 6 * 6 * 3 + matched + held
 
 
+def test_further_walks_are_counted_for_the_students_that_learn_from_them(
+    place: Path, teacher: Path, counted: dict[str, int]
+) -> None:
+    config = DistillConfig(
+        walks=20, further_walks=600, teacher_steps=10, student_steps=(4, 2, 1), stage_steps=1, batch_size=6,
+        optimiser="muon",
+    )  # fmt: skip
+    out = place / "further walks"
+    distill(config, teacher=teacher, dataset=place / "data", out=out, scratch=place / "scratch", seed=0)
+    spent = {steps: distillation_passes(history(out / str(steps))) for steps in (4, 2, 1)}
+    assert spent[1] == Passes(counted["forward"], counted["backward"])
+    assert [each.evaluations for each in spent.values() if each] == [
+        20 * 10 + 6 * 3, 20 * 10 + 600 * 4 + 2 * 6 * 3, 20 * 10 + 600 * 4 + 3 * 6 * 3
+    ]  # fmt: skip
+
+
 def test_consistency_tuning_and_the_search_for_its_points(place: Path, teacher: Path, counted: dict[str, int]) -> None:
     config = ConsistencyConfig(
         steps=4, batch_size=7, warmup_steps=1, student_steps=(3, 1), search_samples=50, search_levels=4

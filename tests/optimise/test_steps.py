@@ -165,9 +165,9 @@ def test_a_checkpoint_of_another_network_is_refused() -> None:
 
 
 def test_rates_in_float64() -> None:
-    rate, second, average = step_rates(0, 1e-3, 0.999)
+    rate, second, average, _ = step_rates(0, 1e-3, 0.999)
     assert (rate, second, average) == pytest.approx((1e-2, 1000.0, 0.9))
-    rate, second, average = step_rates(999_999, 1e-3, 0.999)
+    rate, second, average, _ = step_rates(999_999, 1e-3, 0.999)
     assert (rate, second, average) == pytest.approx((1e-3, 1.0, 1e-3), rel=1e-9)
     assert [averaging_decay(n, 0.5) for n in (0, 8, 100)] == [0.1, 0.5, 0.5]
 

@@ -46,7 +46,7 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 def walk(part: Split, scratch: Path, count: int = 10, solver: WalkSolver = "ddim", seed: int = 0) -> Walks:
-    return walked(lambda _: bent, TIMES, 10, solver, count, part, SCHEDULE, seed, scratch, SILENT)
+    return walked(lambda _: bent, TIMES, uniform(10), solver, count, part, SCHEDULE, seed, scratch, SILENT)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
@@ -157,11 +157,11 @@ def test_each_walk_has_a_noise_of_its_own_and_the_label_that_the_teacher_was_tol
         told = labels[0].astype(mx.float32)[:, None, None, None]
         return lambda z, t: mx.broadcast_to(told, z.shape)  # an image that is its label
 
-    walks = walked(denoising, TIMES, 10, "ddim", 10, part, SCHEDULE, 0, tmp_path, SILENT)
+    walks = walked(denoising, TIMES, uniform(10), "ddim", 10, part, SCHEDULE, 0, tmp_path, SILENT)
     assert walks.labels is not None
     np.testing.assert_allclose(walks.states[:, -1, 0, 0, 0], walks.labels, atol=1e-5)
     assert len(np.unique(walks.states[:, 0, 0, 0, 0])) == 10
-    other = walked(denoising, TIMES, 10, "ddim", 10, part, SCHEDULE, 1, tmp_path / "other", SILENT)
+    other = walked(denoising, TIMES, uniform(10), "ddim", 10, part, SCHEDULE, 1, tmp_path / "other", SILENT)
     assert other.labels is not None
     assert not np.array_equal(other.labels, walks.labels)  # drawn, not the first of the part
 
@@ -185,7 +185,7 @@ def test_where_there_are_no_classes_there_are_no_labels(part: Split, tmp_path: P
         return bent
 
     walks = walked(
-        denoising, TIMES, 10, "ddim", 3, replace(part, num_classes=0), SCHEDULE, 0, tmp_path, SILENT
+        denoising, TIMES, uniform(10), "ddim", 3, replace(part, num_classes=0), SCHEDULE, 0, tmp_path, SILENT
     )  # fmt: skip
     assert asked == [0]
     assert set(walks.legs(0, 8, 2)[0]) == {"z", "end"}  # more than there are walks
@@ -212,7 +212,7 @@ def test_what_was_walked_is_kept_and_what_is_damaged_is_walked_anew(
     def again(report: object) -> Walks:
         asked.clear()
         return walked(
-            lambda _: denoise, TIMES, 10, "ddim", 10, part, SCHEDULE, 0, tmp_path / "stopped", report,  # type: ignore[arg-type]
+            lambda _: denoise, TIMES, uniform(10), "ddim", 10, part, SCHEDULE, 0, tmp_path / "stopped", report,  # type: ignore[arg-type]
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
@@ -248,5 +248,5 @@ def test_walks_depend_on_the_seed(part: Split, tmp_path: Path) -> None:
 
 def test_a_walk_to_nowhere_is_named(part: Split, tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match="10 steps of ddim"):
-        walked(lambda _: lambda z, t: z * mx.inf, TIMES, 10, "ddim", 3, part, SCHEDULE, 0, tmp_path, SILENT)
+        walked(lambda _: lambda z, t: z * mx.inf, TIMES, uniform(10), "ddim", 3, part, SCHEDULE, 0, tmp_path, SILENT)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,147 @@
+"""Muon's step: against the singular vectors it stands for, MLX's own Muon, and what is left to Adam."""
+
+import math
+from typing import Any
+
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from ado_tasks import rng
+from ado_tasks.backend import mx
+from ado_tasks.models.unet import UNet2D
+from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.optimise.muon import ADAMS, MOMENTUM, hidden, momentum_and_step, orthogonal
+from ado_tasks.optimise.steps import TrainStep
+
+UNET = {
+    "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 8], "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4, "attention_head_dim": 8, "num_class_embeds": 3,
+}  # fmt: skip
+RATES = [1e-2, 2e-2, 1e-2, 0.0]
+
+
+def draw(*shape: int, name: str) -> mx.array:
+    return mx.random.normal(shape, key=rng.key(0, "muon", name))
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (2, 8, 24), (2, 24, 8), (1, 1, 5)])
+def test_of_a_matrix_usv_what_is_left_is_about_uv(shape: tuple[int, int, int]) -> None:
+    """Singular vectors as they are and values near 1, of small ones too."""
+    matrices = np.array(draw(*shape, name=str(shape)), np.float64)
+    u, s, v = np.linalg.svd(matrices, full_matrices=False)
+    s = np.maximum(s, 0.03 * np.linalg.norm(matrices, axis=(1, 2))[:, None])
+    found = np.array(orthogonal(mx.array((u * s[:, None] @ v).astype(np.float32))), np.float64)
+    turned = np.swapaxes(u, 1, 2) @ found @ np.swapaxes(v, 1, 2)
+    values = np.diagonal(turned, axis1=1, axis2=2)
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+    np.testing.assert_allclose(turned * (1 - np.eye(turned.shape[1])), 0, atol=1e-4)
+
+
+def test_nothing_of_nothing() -> None:
+    assert not np.array(orthogonal(mx.zeros((2, 3, 4)))).any()
+
+
+def test_steps_are_those_of_mlx_at_its_scale_and_of_a_convolution_those_of_its_matrix() -> None:
+    """mlx.optimizers.Muon without decay, of matrices as broad as high; its step is 1 where ours is 0.2 √rows."""
+    weights = {"a": draw(9, 9, name="a"), "b": draw(9, 9, name="b"), "c": draw(4, 3, 3, 2, name="c")}
+    weights |= {"c as matrix": weights["c"].reshape(4, -1)}
+    momenta = {name: mx.zeros_like(weight) for name, weight in weights.items()}
+    theirs = optim.Muon(learning_rate=0.1, momentum=MOMENTUM, weight_decay=0.0)
+    square = {name: weights[name] for name in "ab"}
+    for step in range(3):
+        gradients = {name: draw(*weights[name].shape, name=f"g {name[0]} {step}") for name in ("a", "b", "c")}
+        gradients["c as matrix"] = gradients["c"].reshape(4, -1)
+        momenta, steps = momentum_and_step(momenta, gradients)
+        weights = {name: weight - 0.1 / (ADAMS * math.sqrt(9)) * steps[name] for name, weight in weights.items()}
+        square = theirs.apply_gradients({name: gradients[name] for name in "ab"}, square)
+    for name in "ab":
+        np.testing.assert_allclose(np.array(weights[name]), np.array(square[name]), atol=1e-5)
+    np.testing.assert_allclose(np.array(weights["c"].reshape(4, -1)), np.array(weights["c as matrix"]), atol=1e-6)
+
+
+def test_a_step_is_about_as_long_as_adams() -> None:
+    """A root mean square of 0.2 for a gradient of full rank, whatever the shape (Liu et al. 2025)."""
+    for shape in ((32, 32), (16, 3, 3, 16), (64, 16)):
+        gradient = {"w": draw(*shape, name=str(shape))}
+        _, steps = momentum_and_step({"w": mx.zeros(shape)}, gradient)
+        assert 0.15 < float(mx.sqrt(mx.mean(steps["w"] ** 2))) < 0.25
+
+
+def test_in_a_unet_what_comes_in_and_goes_out_is_left_to_adam() -> None:
+    net = UNet2D(UNet2DConfig.from_dict(UNET))
+    shapes = {name: tuple(array.shape) for name, array in tree_flatten(net.parameters())}
+    chosen = set(hidden(shapes.items()))
+    assert {name.partition(".")[0] for name in chosen} == {"down_blocks", "mid_block", "up_blocks"}
+    assert all(name.endswith("weight") for name in chosen)
+    left = set(shapes) - chosen
+    outer = ("conv_in", "conv_out", "time_embedding", "class_embedding")
+    assert all(len(shapes[name]) == 1 or name.startswith(outer) for name in left)
+    assert {"conv_in.weight", "conv_out.weight", "class_embedding.weight"} <= left
+
+
+def parameters() -> dict[str, Any]:
+    return {
+        "conv_in": {"weight": draw(6, 3, name="in")},
+        "mid": {"weight": draw(5, 6, name="w"), "bias": draw(5, name="b")},
+    }
+
+
+def loss(tree: Any, batch: Any) -> mx.array:
+    hidden_units = mx.tanh(batch["x"] @ tree["conv_in"]["weight"].T)
+    return mx.mean((hidden_units @ tree["mid"]["weight"].T + tree["mid"]["bias"] - batch["y"]) ** 2)
+
+
+def batch(step: int) -> dict[str, mx.array]:
+    return {"x": draw(8, 3, name=f"x{step}"), "y": draw(8, 5, name=f"y{step}")}
+
+
+def run(optimiser: Any, shards: int = 1, stop: int | None = None) -> TrainStep:
+    def new() -> TrainStep:
+        return TrainStep(loss, parameters(), clip=0.05, ema_decay=0.9, shards=shards, optimiser=optimiser)
+
+    step = new()
+    for index, rate in enumerate(RATES):
+        if index == stop:
+            other = new()
+            other.load({name: mx.array(np.array(array)) for name, array in step.state.items()})
+            step = other
+        step(batch(index), rate)
+    return step
+
+
+def test_the_matrix_inside_takes_muons_step_on_the_clipped_gradient_and_all_else_adams() -> None:
+    muon, adam = TrainStep(loss, parameters(), clip=0.05, ema_decay=None, optimiser="muon"), TrainStep(
+        loss, parameters(), clip=0.05, ema_decay=None
+    )  # fmt: skip
+    for each in (muon, adam):
+        each(batch(0), 1e-2)
+    before, found, plain = (dict(tree_flatten(tree)) for tree in (parameters(), muon.parameters(), adam.parameters()))
+    for name in ("conv_in.weight", "mid.bias"):
+        np.testing.assert_array_equal(np.array(found[name]), np.array(plain[name]))
+    gradients = dict(tree_flatten(mx.grad(loss)(parameters(), batch(0))))
+    norm = math.sqrt(sum(float(mx.sum(g * g)) for g in gradients.values()))
+    assert norm > 0.05
+    slope = gradients["mid.weight"] * 0.05 / norm
+    moved, steps = momentum_and_step({"mid.weight": mx.zeros((5, 6))}, {"mid.weight": slope})
+    np.testing.assert_allclose(
+        np.array(before["mid.weight"] - found["mid.weight"]), 1e-2 * np.array(steps["mid.weight"]), atol=1e-6
+    )
+    state = muon.state["adam.first"]
+    assert any(np.allclose(np.array(state[at : at + 30]), np.array(moved["mid.weight"]).ravel(), atol=1e-7)
+               for at in range(len(state) - 29))  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [None, 2])
+def test_in_parts_or_resumed_it_is_the_same(stop: int | None) -> None:
+    whole = run("muon")
+    other = run("muon", shards=2, stop=stop) if stop is None else run("muon", stop=stop)
+    for name, array in whole.state.items():
+        if stop is None:
+            np.testing.assert_allclose(np.array(other.state[name]), np.array(array), atol=1e-5)
+        else:
+            np.testing.assert_array_equal(np.array(other.state[name]), np.array(array))
+    assert not np.allclose(np.array(whole.state["average"]), np.array(run("adam").state["average"]), atol=1e-4)
