@@ -13,8 +13,6 @@ arXiv:2502.16982, §2.2).
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from itertools import groupby
 
 from ado_tasks.backend import mx
 
@@ -23,31 +21,23 @@ ITERATION = (3.4445, -4.7750, 2.0315)  # a, b, c of X := aX + (bA + cA²)X with 
 ITERATIONS = 5  # singular values then lie between about 0.7 and 1.2
 ADAMS = 0.2  # root mean square of a step of Adam at learning rate 1 (Liu et al. 2025)
 TINY = 1e-7  # against 0/0 where nothing has a gradient
-OUTER = ("conv_in", "conv_out", "time_embedding", "class_embedding")  # first names of what Adam is left
+OUTER = ("conv_in", "conv_out", "time_embedding", "class_embedding")  # first names of what is left to Adam
 
 
-def hidden(names_and_shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[str, ...]:
-    """Which parameters are matrices inside the network: Muon's. All others are Adam's."""
-    return tuple(name for name, shape in names_and_shapes if len(shape) > 1 and name.partition(".")[0] not in OUTER)
+def matrix_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(rows, columns) of a parameter that is a matrix inside the network: Muon's. () for all others: Adam's."""
+    inside = len(shape) > 1 and name.partition(".")[0] not in OUTER
+    return (shape[0], math.prod(shape[1:])) if inside else ()
 
 
-def momentum_and_step(
-    momenta: Mapping[str, mx.array], gradients: Mapping[str, mx.array]
-) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """The next momentum of each weight, and the step it takes at learning rate 1 (to be subtracted), by name.
+def momentum_and_step(momenta: mx.array, gradients: mx.array) -> tuple[mx.array, mx.array]:
+    """The next momenta of matrices (n, rows, columns), and the steps they take at learning rate 1 (to be subtracted).
 
     M := μM + (1 − μ)G; O = orthogonal(μM + (1 − μ)G), Nesterov's look ahead; a step is 0.2 √max(rows, columns) · O.
-    Weights of one shape go through the iteration together.
     """
-    moved = {name: MOMENTUM * momenta[name] + (1 - MOMENTUM) * gradient for name, gradient in gradients.items()}
-    ahead = {name: MOMENTUM * moved[name] + (1 - MOMENTUM) * gradient for name, gradient in gradients.items()}
-    steps = {}
-    for shape, group in groupby(sorted(ahead, key=lambda name: ahead[name].shape), lambda name: ahead[name].shape):
-        names = list(group)
-        matrices = mx.stack([ahead[name].reshape(shape[0], -1) for name in names])
-        taken = ADAMS * math.sqrt(max(matrices.shape[1:])) * orthogonal(matrices)
-        steps |= {name: one.reshape(shape) for name, one in zip(names, taken, strict=True)}
-    return moved, steps
+    moved = MOMENTUM * momenta + (1 - MOMENTUM) * gradients
+    ahead = MOMENTUM * moved + (1 - MOMENTUM) * gradients
+    return moved, ADAMS * math.sqrt(max(ahead.shape[1:])) * orthogonal(ahead)
 
 
 def orthogonal(matrices: mx.array) -> mx.array:

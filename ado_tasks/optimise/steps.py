@@ -7,14 +7,14 @@ the same bytes. Everything that changes between steps is an array: a Python numb
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from itertools import groupby, pairwise
+from typing import Any, Literal
 
 import numpy as np
 
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.errors import ArtifactError
-from ado_tasks.optimise.muon import hidden, momentum_and_step
+from ado_tasks.optimise.muon import matrix_of, momentum_and_step
 from ado_tasks.parallel import Batch, Loss, Parts, SideBySide, Tree
 
 Vectors = dict[str, mx.array]  # by kind: "parameters", "adam.first", "adam.second" and, where one is kept, "average"
@@ -35,22 +35,34 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
 
     @staticmethod
-    def of(parameters: Tree) -> "Layout":
+    def of(parameters: Tree, optimiser: Optimiser = "adam") -> "Layout":
         """The layout of a tree of arrays: by the alignment that their sizes allow, then by name.
 
         A parameter of a multiple of 2ᵏ numbers then begins at such a multiple, up to ALIGNMENT, with nothing between
-        parameters: matrix products on CUDA refuse what is not aligned.
+        parameters: matrix products on CUDA refuse what is not aligned. For Muon its matrices of one size lie together.
         """
-        flat = sorted(
-            dict(mlx_utils.tree_flatten(parameters)).items(),
-            key=lambda item: (-math.gcd(item[1].size, ALIGNMENT), item[0]),
-        )
+
+        def place(item: tuple[str, mx.array]) -> tuple[Any, ...]:
+            name, array = item
+            matrix = matrix_of(name, tuple(array.shape)) if optimiser == "muon" else ()
+            return -math.gcd(array.size, ALIGNMENT), matrix, name
+
+        flat = sorted(dict(mlx_utils.tree_flatten(parameters)).items(), key=place)
         return Layout(tuple(name for name, _ in flat), tuple(tuple(array.shape) for _, array in flat))
 
     @property
     def size(self) -> int:
         """Length of the vector."""
         return sum(map(math.prod, self.shapes))
+
+    def runs(self) -> list[tuple[slice, tuple[int, ...]]]:
+        """Stretches of the vector: of matrices of one size that are Muon's, with (rows, columns), or of all else."""
+        runs, start = [], 0
+        for matrix, group in groupby(zip(self.names, self.shapes, strict=True), lambda item: matrix_of(*item)):
+            stop = start + sum(math.prod(shape) for _, shape in group)
+            runs.append((slice(start, stop), matrix))
+            start = stop
+        return runs
 
     def groups(self, count: int) -> list["Layout"]:
         """Cut into `count` layouts of about the same size, in order; none is empty if there are enough parameters."""
@@ -100,7 +112,7 @@ class TrainStep:
         accumulate: pieces of a batch computed one after another, for less memory. Decides the last bits too.
         optimiser: of the matrices inside the network; all else is Adam's.
         """
-        self._layout = Layout.of(parameters)
+        self._layout = Layout.of(parameters, optimiser)
         self._clip, self._ema_decay, self._optimiser, self._done = clip, ema_decay, optimiser, 0
         self._accumulate = accumulate
         self._value_and_grad = mx.value_and_grad(loss)
@@ -257,15 +269,16 @@ def muon(layout: Layout, state: Vectors, new: Vectors, gradient: mx.array, learn
 
     Its momentum lies where Adam's first moment does; the second one of these parameters is not looked at.
     """
-    names = hidden(zip(layout.names, layout.shapes, strict=True))
-    before, momenta, slopes = (layout.unflatten(each) for each in (state["parameters"], state["adam.first"], gradient))
-    moved, steps = momentum_and_step({n: momenta[n] for n in names}, {n: slopes[n] for n in names})
-    taken = {name: before[name] - learning_rate * step for name, step in steps.items()}
-    return {
-        **new,
-        "parameters": layout.flatten({**layout.unflatten(new["parameters"]), **taken}),
-        "adam.first": layout.flatten({**layout.unflatten(new["adam.first"]), **moved}),
-    }
+    found: dict[str, list[mx.array]] = {"parameters": [], "adam.first": []}
+    for run, matrix in layout.runs():
+        parameters, first = new["parameters"][run], new["adam.first"][run]
+        if matrix:
+            momenta, slopes = (each[run].reshape(-1, *matrix) for each in (state["adam.first"], gradient))
+            moved, steps = momentum_and_step(momenta, slopes)
+            parameters, first = state["parameters"][run] - learning_rate * steps.reshape(-1), moved.reshape(-1)
+        found["parameters"].append(parameters)
+        found["adam.first"].append(first)
+    return {**new, **{kind: mx.concatenate(pieces) for kind, pieces in found.items()}}
 
 
 def average(state: Vectors, new: Vectors, rate: mx.array) -> Vectors:

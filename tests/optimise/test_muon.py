@@ -12,8 +12,8 @@ from ado_tasks import rng
 from ado_tasks.backend import mx
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
-from ado_tasks.optimise.muon import ADAMS, MOMENTUM, hidden, momentum_and_step, orthogonal
-from ado_tasks.optimise.steps import TrainStep
+from ado_tasks.optimise.muon import ADAMS, MOMENTUM, matrix_of, momentum_and_step, orthogonal
+from ado_tasks.optimise.steps import Layout, TrainStep
 
 UNET = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 8], "layers_per_block": 1,
@@ -45,42 +45,52 @@ def test_nothing_of_nothing() -> None:
     assert not np.array(orthogonal(mx.zeros((2, 3, 4)))).any()
 
 
-def test_steps_are_those_of_mlx_at_its_scale_and_of_a_convolution_those_of_its_matrix() -> None:
+def test_steps_are_those_of_mlx_at_its_scale() -> None:
     """mlx.optimizers.Muon without decay, of matrices as broad as high; its step is 1 where ours is 0.2 √rows."""
-    weights = {"a": draw(9, 9, name="a"), "b": draw(9, 9, name="b"), "c": draw(4, 3, 3, 2, name="c")}
-    weights |= {"c as matrix": weights["c"].reshape(4, -1)}
-    momenta = {name: mx.zeros_like(weight) for name, weight in weights.items()}
-    theirs = optim.Muon(learning_rate=0.1, momentum=MOMENTUM, weight_decay=0.0)
-    square = {name: weights[name] for name in "ab"}
+    ours, momenta = draw(2, 9, 9, name="w"), mx.zeros((2, 9, 9))
+    optimiser, theirs = optim.Muon(learning_rate=0.1, momentum=MOMENTUM, weight_decay=0.0), dict(enumerate(ours))
     for step in range(3):
-        gradients = {name: draw(*weights[name].shape, name=f"g {name[0]} {step}") for name in ("a", "b", "c")}
-        gradients["c as matrix"] = gradients["c"].reshape(4, -1)
+        gradients = draw(2, 9, 9, name=f"g {step}")
         momenta, steps = momentum_and_step(momenta, gradients)
-        weights = {name: weight - 0.1 / (ADAMS * math.sqrt(9)) * steps[name] for name, weight in weights.items()}
-        square = theirs.apply_gradients({name: gradients[name] for name in "ab"}, square)
-    for name in "ab":
-        np.testing.assert_allclose(np.array(weights[name]), np.array(square[name]), atol=1e-5)
-    np.testing.assert_allclose(np.array(weights["c"].reshape(4, -1)), np.array(weights["c as matrix"]), atol=1e-6)
+        ours = ours - 0.1 / (ADAMS * math.sqrt(9)) * steps
+        theirs = optimiser.apply_gradients(dict(enumerate(gradients)), theirs)
+    for number, matrix in theirs.items():
+        np.testing.assert_allclose(np.array(ours[number]), np.array(matrix), atol=1e-5)
 
 
 def test_a_step_is_about_as_long_as_adams() -> None:
     """A root mean square of 0.2 for a gradient of full rank, whatever the shape (Liu et al. 2025)."""
-    for shape in ((32, 32), (16, 3, 3, 16), (64, 16)):
-        gradient = {"w": draw(*shape, name=str(shape))}
-        _, steps = momentum_and_step({"w": mx.zeros(shape)}, gradient)
-        assert 0.15 < float(mx.sqrt(mx.mean(steps["w"] ** 2))) < 0.25
+    for shape in ((1, 32, 32), (1, 16, 144), (1, 64, 16)):
+        _, step = momentum_and_step(mx.zeros(shape), draw(*shape, name=str(shape)))
+        assert 0.15 < float(mx.sqrt(mx.mean(step**2))) < 0.25
 
 
 def test_in_a_unet_what_comes_in_and_goes_out_is_left_to_adam() -> None:
     net = UNet2D(UNet2DConfig.from_dict(UNET))
     shapes = {name: tuple(array.shape) for name, array in tree_flatten(net.parameters())}
-    chosen = set(hidden(shapes.items()))
+    chosen = {name for name, shape in shapes.items() if matrix_of(name, shape)}
     assert {name.partition(".")[0] for name in chosen} == {"down_blocks", "mid_block", "up_blocks"}
     assert all(name.endswith("weight") for name in chosen)
     left = set(shapes) - chosen
     outer = ("conv_in", "conv_out", "time_embedding", "class_embedding")
     assert all(len(shapes[name]) == 1 or name.startswith(outer) for name in left)
     assert {"conv_in.weight", "conv_out.weight", "class_embedding.weight"} <= left
+    assert matrix_of("mid_block.conv.weight", (8, 3, 3, 4)) == (8, 36)  # as it lies in memory: outputs first
+
+
+def test_matrices_of_one_size_lie_together_and_every_parameter_where_it_is_looked_for() -> None:
+    net = UNet2D(UNet2DConfig.from_dict(UNET))
+    layout = Layout.of(net.parameters(), "muon")
+    sizes = [matrix for _, matrix in layout.runs() if matrix]
+    assert len(sizes) == len(set(sizes)) > 3
+    arrays = dict(tree_flatten(net.parameters()))
+    vector = layout.flatten(arrays)
+    for run, matrix in layout.runs():
+        inside = [n for n in layout.names if matrix and matrix_of(n, tuple(arrays[n].shape)) == matrix]
+        for name, found in zip(inside, vector[run].reshape(-1, *(matrix or (1,))), strict=bool(matrix)):
+            np.testing.assert_array_equal(np.array(found), np.array(arrays[name]).reshape(matrix))
+    assert [run.start for run, _ in layout.runs()][1:] == [run.stop for run, _ in layout.runs()][:-1]
+    assert layout.runs()[-1][0].stop == layout.size
 
 
 def parameters() -> dict[str, Any]:
@@ -126,12 +136,12 @@ def test_the_matrix_inside_takes_muons_step_on_the_clipped_gradient_and_all_else
     norm = math.sqrt(sum(float(mx.sum(g * g)) for g in gradients.values()))
     assert norm > 0.05
     slope = gradients["mid.weight"] * 0.05 / norm
-    moved, steps = momentum_and_step({"mid.weight": mx.zeros((5, 6))}, {"mid.weight": slope})
+    moved, steps = momentum_and_step(mx.zeros((1, 5, 6)), slope[None])
     np.testing.assert_allclose(
-        np.array(before["mid.weight"] - found["mid.weight"]), 1e-2 * np.array(steps["mid.weight"]), atol=1e-6
+        np.array(before["mid.weight"] - found["mid.weight"]), 1e-2 * np.array(steps[0]), atol=1e-6
     )
     state = muon.state["adam.first"]
-    assert any(np.allclose(np.array(state[at : at + 30]), np.array(moved["mid.weight"]).ravel(), atol=1e-7)
+    assert any(np.allclose(np.array(state[at : at + 30]), np.array(moved).ravel(), atol=1e-7)
                for at in range(len(state) - 29))  # fmt: skip
 
 
