@@ -14,6 +14,8 @@ from ado_tasks.optimise.students import DistillConfig
 
 Section = DistillConfig | ConsistencyConfig
 STEPS = (2, 1)  # of the students that are compared
+WALKS = {"walks", "further_walks", "hold_on_to"}  # keys that say something of them
+FURTHER = 4  # as many walks of the first student as its teacher's, where the workspace has none
 CONSISTENCY = {  # where the workspace's params.yaml has none: that of params.consistency.yaml
     "method": "consistency", "steps": 1200, "batch_size": 64, "learning_rate": 3.0e-3, "ema_decay": 0.99,
     "level_mean": 0.0, "q": 8.0, "stages": 2, "student_steps": [2, 1],
@@ -36,7 +38,7 @@ Methods = dict[str, tuple[Part, ...]]
 
 
 def methods_of(params: Mapping[str, Any]) -> Methods:
-    """The usual ones, from the workspace's own settings; one more where its students learn from walks."""
+    """The usual ones, from the workspace's own settings; two more where its students learn from walks."""
     progressive = dict(section(params, "distill.progressive"))
     matching = dict(progressive.pop("matching", None) or {})
     adversarial = matching.pop("adversarial", None) or {}
@@ -51,14 +53,19 @@ def methods_of(params: Mapping[str, Any]) -> Methods:
         "consistency": tuned,
         "consistency of a student": [{**progressive, "share": 0.5}, {**tuned, "share": 0.5, "start": 1}],
     }
+    other = "adam" if progressive.get("optimiser") == "muon" else "muon"
+    methods[f"+ matching, {other.title()}"] = {**progressive, "matching": matching, "optimiser": other}
     if progressive.get("walks"):
         methods["+ matching, no walks"] = {**without_walks(progressive), "matching": without_walks(matching)}
+        further = None if progressive.get("further_walks") else FURTHER * progressive["walks"]
+        name = "+ matching, further walks" if further else "+ matching, no further walks"
+        methods[name] = {**progressive, "matching": matching, "further_walks": further}
     return read_methods(methods, "bench")
 
 
 def without_walks(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same section, or matching in it, learning from noised images: steps of the teacher that students divide."""
-    found = {name: value for name, value in settings.items() if name not in {"walks", "hold_on_to"}}
+    found = {name: value for name, value in settings.items() if name not in WALKS}
     if "teacher_steps" in found:
         students = max(found["student_steps"])
         found["teacher_steps"] = students * max(2, found["teacher_steps"] // students)
@@ -108,7 +115,8 @@ def scaled(config: Section, budget: float) -> Section:
     stages = range(len(config.student_steps))
     found = replace(config, stage_steps=tuple(max(1, round(factor * config.steps_of(stage))) for stage in stages))
     if config.walks:
-        found = replace(found, walks=max(1, round(factor * config.walks)))
+        further = config.further_walks and max(1, round(factor * config.further_walks))
+        found = replace(found, walks=max(1, round(factor * config.walks)), further_walks=further)
     if config.matching:
         matched = tuple(round(factor * steps) for steps in config.matching.steps)
         found = replace(found, matching=replace(config.matching, steps=matched))

@@ -135,7 +135,11 @@ def test_the_first_student_walks_on_for_the_next_from_other_noises_and_in_its_ow
     assert student.nfe == 4
     end = Sampler(student.model)(Draw(own.states[:, 0], own.labels), "ddim", student.times)
     np.testing.assert_allclose(own.states[:, -1], end, atol=1e-3)
-    both = teachers.and_those_of(own)
+    assert own.times == KNOTS[::2]
+    middle = Sampler(student.model)(Draw(own.states[:, 0], own.labels), "ddim", student.times[:3])
+    np.testing.assert_allclose(own.states[:, 1], middle, atol=1e-3)
+    both = teachers.past_times_of(2).and_those_of(own)
+    np.testing.assert_array_equal(both.states[:20], teachers.states[:, ::2])
     np.testing.assert_array_equal(both.states[20:], own.states)
     np.testing.assert_array_equal(np.array(both.labels)[:20], teachers.labels)
     np.testing.assert_array_equal(np.array(both.labels)[20:], own.labels)

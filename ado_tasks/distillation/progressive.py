@@ -122,8 +122,10 @@ class Walking:
 
     def of_teacher(self, teacher: UNet2D) -> Walks | None:
         """The teacher's walks, which every stage learns from; None where there are to be none."""
-        count, grid = self.config.walks, uniform_time(self.config.teacher_steps)
-        return self._walked(teacher, count, grid, self.config.teacher_solver, self.seed, WALKS) if count else None
+        if self.config.walks is None:
+            return None
+        times, grid = tuple(self.config.interval_of(0).grid().tolist()), uniform_time(self.config.teacher_steps)
+        return self._walked(teacher, self.config.walks, times, grid, self.config.teacher_solver, self.seed, WALKS)
 
     def further(self, walks: Walks | None, number: int, student: UNet2D) -> Walks | None:
         """What later stages learn from after stage `number`: with the first student's own walks, where there are any.
@@ -133,8 +135,9 @@ class Walking:
         count = self.config.further_walks
         if walks is None or count is None or number:
             return walks
-        seed = rng.derive(self.seed, "further walks")
-        return walks.and_those_of(self._walked(student, count, np.array(walks.times), "ddim", seed, FURTHER))
+        fewer, seed = walks.past_times_of(self.config.student_steps[1]), rng.derive(self.seed, "further walks")
+        own = self._walked(student, count, fewer.times, np.array(walks.times), "ddim", seed, FURTHER)
+        return fewer.and_those_of(own)
 
     def clear(self) -> None:
         """Forget what is kept."""
@@ -142,15 +145,15 @@ class Walking:
             Checkpoints.under(self.scratch.parent, self.scratch.name + name).clear()
 
     def _walked(
-        self, unet: UNet2D, count: int, grid: npt.NDArray[np.float64], solver: WalkSolver, seed: int, name: str
-    ) -> Walks:
+        self, unet: UNet2D, count: int, times: tuple[float, ...], grid: npt.NDArray[np.float64], solver: WalkSolver,
+        seed: int, name: str,
+    ) -> Walks:  # fmt: skip
         apply = sharded_apply(unet, self.config.shards)
 
         def denoising(labels: Sequence[mx.array]) -> Denoiser:
             return make_denoiser(lambda z, timestep: apply(z, timestep, *labels), self.schedule, self.kind)
 
         kept = self.scratch.with_name(self.scratch.name + name)
-        times = tuple(self.config.interval_of(0).grid().tolist())
         return walked(denoising, times, grid, solver, count, self.part, self.schedule, seed, kept, self.report)
 
 

@@ -26,8 +26,10 @@ OUTER = ("conv_in", "conv_out", "time_embedding", "class_embedding")  # first na
 
 def matrix_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """(rows, columns) of a parameter that is a matrix inside the network: Muon's. () for all others: Adam's."""
-    inside = len(shape) > 1 and name.partition(".")[0] not in OUTER
-    return (shape[0], math.prod(shape[1:])) if inside else ()
+    if len(shape) < 2 or name.partition(".")[0] in OUTER:
+        return ()
+    rows, *others = shape
+    return rows, math.prod(others)
 
 
 def momentum_and_step(momenta: mx.array, gradients: mx.array) -> tuple[mx.array, mx.array]:

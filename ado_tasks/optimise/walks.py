@@ -42,6 +42,11 @@ class Walks:
     labels: npt.NDArray[np.int32] | None  # (count,); None where there are no classes
     seed: int
 
+    def past_times_of(self, student_steps: int) -> "Walks":
+        """With the states alone that a student of so many steps, and those of fewer, find among them."""
+        every = (len(self.times) - 1) // student_steps
+        return Walks(self.times[::every], np.ascontiguousarray(self.states[:, ::every]), self.labels, self.seed)
+
     def and_those_of(self, other: "Walks") -> "Walks":
         """All walks of both, which pass the same times."""
         labels = None if self.labels is None or other.labels is None else np.append(self.labels, other.labels)

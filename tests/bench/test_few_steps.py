@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,7 +41,7 @@ def test_the_costs_are_those_counted_by_hand():
 
 def test_the_default_methods_spend_the_budget_and_keep_their_proportions():
     methods = ways.methods_of(PARAMS)
-    assert len(methods) == 6
+    assert len(methods) == 8
     for parts in methods.values():
         for part in parts:
             found = ways.scaled(part.section, part.share * 300_000)
@@ -56,12 +57,16 @@ def test_the_default_methods_spend_the_budget_and_keep_their_proportions():
     [noised] = methods["+ matching, no walks"]
     assert (noised.section.walks, noised.section.teacher_steps) == (None, 20)
     assert noised.section.matching == matched.section.matching
+    [muon], [further] = methods["+ matching, Muon"], methods["+ matching, further walks"]
+    assert muon.section == replace(matched.section, optimiser="muon")
+    assert further.section == replace(matched.section, further_walks=4 * matched.section.walks)
+    assert ways.scaled(further.section, ways.cost(further.section) / 2).further_walks == 2 * matched.section.walks
     first, second = methods["consistency of a student"]
     assert (first.start, second.start, second.section.method) == (None, 1, "consistency")
 
 
 def test_without_walks_the_teachers_steps_are_some_that_students_divide():
-    kept = {"walks": 9, "hold_on_to": "walks", "teacher_steps": 50, "student_steps": [8, 4]}
+    kept = {"walks": 9, "further_walks": 9, "hold_on_to": "walks", "teacher_steps": 50, "student_steps": [8, 4]}
     assert ways.without_walks(kept) == {"teacher_steps": 48, "student_steps": [8, 4]}
     assert ways.without_walks({**kept, "teacher_steps": 10})["teacher_steps"] == 16  # 8 would be the student's own
 

@@ -6,10 +6,9 @@ from typing import Any
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from ado_tasks import rng
-from ado_tasks.backend import mx
+from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.muon import ADAMS, MOMENTUM, matrix_of, momentum_and_step, orthogonal
@@ -67,7 +66,7 @@ def test_a_step_is_about_as_long_as_adams() -> None:
 
 def test_in_a_unet_what_comes_in_and_goes_out_is_left_to_adam() -> None:
     net = UNet2D(UNet2DConfig.from_dict(UNET))
-    shapes = {name: tuple(array.shape) for name, array in tree_flatten(net.parameters())}
+    shapes = {name: tuple(array.shape) for name, array in mlx_utils.tree_flatten(net.parameters())}
     chosen = {name for name, shape in shapes.items() if matrix_of(name, shape)}
     assert {name.partition(".")[0] for name in chosen} == {"down_blocks", "mid_block", "up_blocks"}
     assert all(name.endswith("weight") for name in chosen)
@@ -83,7 +82,7 @@ def test_matrices_of_one_size_lie_together_and_every_parameter_where_it_is_looke
     layout = Layout.of(net.parameters(), "muon")
     sizes = [matrix for _, matrix in layout.runs() if matrix]
     assert len(sizes) == len(set(sizes)) > 3
-    arrays = dict(tree_flatten(net.parameters()))
+    arrays = dict(mlx_utils.tree_flatten(net.parameters()))
     vector = layout.flatten(arrays)
     for run, matrix in layout.runs():
         inside = [n for n in layout.names if matrix and matrix_of(n, tuple(arrays[n].shape)) == matrix]
@@ -129,10 +128,12 @@ def test_the_matrix_inside_takes_muons_step_on_the_clipped_gradient_and_all_else
     )  # fmt: skip
     for each in (muon, adam):
         each(batch(0), 1e-2)
-    before, found, plain = (dict(tree_flatten(tree)) for tree in (parameters(), muon.parameters(), adam.parameters()))
+    before, found, plain = (
+        dict(mlx_utils.tree_flatten(tree)) for tree in (parameters(), muon.parameters(), adam.parameters())
+    )
     for name in ("conv_in.weight", "mid.bias"):
         np.testing.assert_array_equal(np.array(found[name]), np.array(plain[name]))
-    gradients = dict(tree_flatten(mx.grad(loss)(parameters(), batch(0))))
+    gradients = dict(mlx_utils.tree_flatten(mx.grad(loss)(parameters(), batch(0))))
     norm = math.sqrt(sum(float(mx.sum(g * g)) for g in gradients.values()))
     assert norm > 0.05
     slope = gradients["mid.weight"] * 0.05 / norm
