@@ -11,6 +11,7 @@ from ado_tasks import rng
 from ado_tasks.backend import mlx_utils, mx
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
+from ado_tasks.models.weights import flat_parameters
 from ado_tasks.optimise.muon import ADAMS, MOMENTUM, matrix_of, momentum_and_step, orthogonal
 from ado_tasks.optimise.steps import Layout, TrainStep
 
@@ -66,7 +67,7 @@ def test_a_step_is_about_as_long_as_adams() -> None:
 
 def test_in_a_unet_what_comes_in_and_goes_out_is_left_to_adam() -> None:
     net = UNet2D(UNet2DConfig.from_dict(UNET))
-    shapes = {name: tuple(array.shape) for name, array in mlx_utils.tree_flatten(net.parameters())}
+    shapes = {name: tuple(array.shape) for name, array in flat_parameters(net).items()}
     chosen = {name for name, shape in shapes.items() if matrix_of(name, shape)}
     assert {name.partition(".")[0] for name in chosen} == {"down_blocks", "mid_block", "up_blocks"}
     assert all(name.endswith("weight") for name in chosen)
@@ -82,7 +83,7 @@ def test_matrices_of_one_size_lie_together_and_every_parameter_where_it_is_looke
     layout = Layout.of(net.parameters(), "muon")
     sizes = [matrix for _, matrix in layout.runs() if matrix]
     assert len(sizes) == len(set(sizes)) > 3
-    arrays = dict(mlx_utils.tree_flatten(net.parameters()))
+    arrays = flat_parameters(net)
     vector = layout.flatten(arrays)
     for run, matrix in layout.runs():
         inside = [n for n in layout.names if matrix and matrix_of(n, tuple(arrays[n].shape)) == matrix]
