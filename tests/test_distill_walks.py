@@ -123,13 +123,16 @@ def test_the_first_student_walks_on_for_the_next_from_other_noises_and_in_its_ow
     monkeypatch.setattr(progressive, "walked", watched)
     monkeypatch.setattr(Walks, "legs", counted)
     config = DistillConfig(
-        teacher_steps=10, student_steps=(4, 2, 1), stage_steps=2, batch_size=4, walks=20, further_walks=30,
-        times=KNOTS, learning_rate=1e-2, matching=MatchingConfig(steps=(2, 0, 0), batch_size=4, learning_rate=1e-2),
+        teacher_steps=10, student_steps=(4, 2, 1), stage_steps=2, batch_size=4, walks=20, further_walks=20,
+        teacher_solver="dpmpp_2m", times=KNOTS, learning_rate=1e-2,
+        matching=MatchingConfig(steps=(2, 0, 0), batch_size=4, learning_rate=1e-2),
     )  # fmt: skip
     folder = taught(place, "further", config)
     teachers, own = found
-    assert (len(teachers.states), len(own.states)) == (20, 30)
-    assert seen == [20, 20, 50, 50, 50, 50]
+    assert (len(teachers.states), len(own.states)) == (20, 20)
+    assert seen == [20, 20, 40, 40, 40, 40]
+    first, second = given
+    assert first[8] != second[8]  # the folders of what is kept
     assert not np.isin(own.states[:, 0, 0, 0, 0], teachers.states[:, 0, 0, 0, 0]).any()
     student = student_variants(folder)[0]
     assert student.nfe == 4
@@ -143,6 +146,41 @@ def test_the_first_student_walks_on_for_the_next_from_other_noises_and_in_its_ow
     np.testing.assert_array_equal(both.states[20:], own.states)
     np.testing.assert_array_equal(np.array(both.labels)[:20], teachers.labels)
     np.testing.assert_array_equal(np.array(both.labels)[20:], own.labels)
+
+
+def test_stages_are_taught_by_the_optimiser_that_is_asked_for(place: Path) -> None:
+    """After one step what is Adam's in both is the same, and what is inside the network is not."""
+    config = DistillConfig(teacher_steps=6, student_steps=(2,), stage_steps=1, batch_size=8, walks=10)
+    adam, muon = (
+        weights(taught(place, name, replace(config, optimiser=name)), 2) for name in ("adam", "muon")
+    )  # fmt: skip
+    inside = "mid_block.resnets.0.conv1.weight"
+    assert np.abs(muon[inside] - adam[inside]).max() > 1e-5
+    np.testing.assert_allclose(muon["conv_in.weight"], adam["conv_in.weight"], atol=1e-6)
+
+
+def test_where_the_chain_ends_at_the_first_student_it_walks_for_nobody(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ends:
+        def goes_on(self, *_: object) -> bool:
+            return False
+
+        def index(self, steps: tuple[int, ...]) -> dict[str, Any]:
+            return {"students": [2], "steps": None, "failed": 2, "reason": "inferior", "margin": 0.0}
+
+    found: list[Walks] = []
+
+    def watched(*arguments: Any) -> Walks:
+        found.append(walked(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(progressive, "_stopping", lambda *_: Ends())
+    monkeypatch.setattr(progressive, "walked", watched)
+    config = DistillConfig(teacher_steps=6, student_steps=(2, 1), stage_steps=1, batch_size=4, walks=5, further_walks=7)
+    folder = taught(place, "ends", config)
+    assert [variant.nfe for variant in student_variants(folder)] == [2]
+    assert [len(walks.states) for walks in found] == [5]
 
 
 @pytest.mark.parametrize("at", [2, 5, 7, 10, 13])

@@ -85,9 +85,9 @@ def teach(
             weights[after], curve = stage.match(student, teaching, first, part, checkpoints, report)
             student = with_weights(student, weights[after])
             curves[f"{after} steps, matching"] = curve
-        walks = walking.further(walks, number, student)
         if stopping and not stopping.goes_on(begins, weights[after], stage.interval.grid(), report):
             break
+        walks = walking.further(walks, number, student)
 
     with atomic_folder(out) as folder:
         for steps, learned in weights.items():

@@ -65,6 +65,18 @@ def test_the_default_methods_spend_the_budget_and_keep_their_proportions():
     assert (first.start, second.start, second.section.method) == (None, 1, "consistency")
 
 
+def test_a_workspace_with_muon_and_further_walks_is_compared_with_itself_without_them():
+    own = {**PARAMS["distill"]["progressive"], "optimiser": "muon", "further_walks": 40}
+    methods = ways.methods_of({**PARAMS, "distill": {"progressive": own}})
+    assert len(methods) == 8
+    [matched], [adam], [alone] = (
+        methods[name] for name in ("+ matching", "+ matching, Adam", "+ matching, no further walks")
+    )
+    assert adam.section == replace(matched.section, optimiser="adam")
+    assert alone.section == replace(matched.section, further_walks=None)
+    assert matched.section.further_walks == 40
+
+
 def test_without_walks_the_teachers_steps_are_some_that_students_divide():
     kept = {"walks": 9, "further_walks": 9, "hold_on_to": "walks", "teacher_steps": 50, "student_steps": [8, 4]}
     assert ways.without_walks(kept) == {"teacher_steps": 48, "student_steps": [8, 4]}

@@ -93,6 +93,12 @@ def test_matrices_of_one_size_lie_together_and_every_parameter_where_it_is_looke
     assert layout.runs()[-1][0].stop == layout.size
 
 
+def test_matrices_of_odd_sizes_come_after_those_that_are_to_lie_aligned() -> None:
+    shapes = {"a": (5, 7), "b": (8, 8), "c": (6, 16), "d": (128,)}
+    layout = Layout.of({name: mx.zeros(shape) for name, shape in shapes.items()}, "muon")
+    assert layout.names == ("d", "b", "c", "a")
+
+
 def parameters() -> dict[str, Any]:
     return {
         "conv_in": {"weight": draw(6, 3, name="in")},
@@ -157,3 +163,24 @@ def test_in_parts_or_resumed_it_is_the_same(stop: int | None) -> None:
         else:
             np.testing.assert_array_equal(np.array(other.state[name]), np.array(array))
     assert not np.allclose(np.array(whole.state["average"]), np.array(run("adam").state["average"]), atol=1e-4)
+
+
+def test_the_average_is_of_what_muon_made() -> None:
+    """After one step, at a decay of 0.1 (see `averaging_decay`)."""
+    step = TrainStep(loss, parameters(), clip=1.0, ema_decay=0.9, optimiser="muon")
+    start = np.array(step.state["parameters"])
+    step(batch(0), 0.1)
+    expected = 0.1 * start + 0.9 * np.array(step.state["parameters"])
+    np.testing.assert_allclose(np.array(step.state["average"]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["mid", "conv_in"])
+def test_a_gradient_that_is_not_a_number_makes_every_parameter_none(place: str) -> None:
+    """Wherever it is: a loss is then not finite at the next step, which ends the run."""
+
+    def broken(tree: Any, batch: Any) -> mx.array:
+        return loss(tree, batch) + mx.sum(tree[place]["weight"][0, 0] * mx.nan)
+
+    step = TrainStep(broken, parameters(), clip=1.0, ema_decay=None, optimiser="muon")
+    step(batch(0), 0.1)
+    assert np.isnan(np.array(step.state["parameters"])).all()
