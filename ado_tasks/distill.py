@@ -9,8 +9,8 @@ from ado_tasks.distillation.guided import fold
 from ado_tasks.distillation.progressive import teach
 from ado_tasks.errors import ConfigError
 from ado_tasks.optimise.consistency import ConsistencyConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.optimise.guided import GuidedConfig
-from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.report import SILENT, Reporter
 
 

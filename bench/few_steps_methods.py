@@ -10,7 +10,7 @@ from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.optimise.consistency import ConsistencyConfig
 from ado_tasks.optimise.cost import consistency_passes, progressive_passes, training_passes
-from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 
 Section = DistillConfig | ConsistencyConfig
 STEPS = (2, 1)  # of the students that are compared

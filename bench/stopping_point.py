@@ -31,8 +31,8 @@ from ado_tasks.metrics.interval import Interval
 from ado_tasks.metrics.kernel import kernel_sums
 from ado_tasks.metrics.noninferiority import difference_from_sums
 from ado_tasks.models.classifier import load_features
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.optimise.stages import Stage, stopping_point
-from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import SILENT
 from ado_tasks.sampling import Sampler, draw

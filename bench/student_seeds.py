@@ -28,7 +28,7 @@ from ado_tasks.distill import distill
 from ado_tasks.errors import AdoError
 from ado_tasks.evaluate import EvaluateConfig, evaluate
 from ado_tasks.optimise.consistency import ConsistencyConfig
-from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.report import Terminal
 from ado_tasks.storage import read_json, sha256_tree, write_json

@@ -31,7 +31,7 @@ from ado_tasks.diffusion import grids
 from ado_tasks.distill import distill
 from ado_tasks.errors import AdoError, ConfigError
 from ado_tasks.interop.diffusers_folder import read_model
-from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.report import Terminal
 from ado_tasks.sampling import Sampler, draw

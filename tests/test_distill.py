@@ -18,9 +18,10 @@ from ado_tasks.models.initialise import initialise
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.adversarial import AdversarialConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.optimise.matching import MatchingConfig
 from ado_tasks.optimise.progressive import Interval, WalkSolver, distillation_target
-from ado_tasks.optimise.students import DistillConfig, Stage
+from ado_tasks.optimise.students import Stage
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.sampling import Sampler, draw
 from ado_tasks.storage import load_arrays, read_json, sha256_tree

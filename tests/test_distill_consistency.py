@@ -19,7 +19,7 @@ from ado_tasks.interop.diffusers_folder import read_model, write_model
 from ado_tasks.metrics.kernel import kid
 from ado_tasks.metrics.random_features import random_features, standardisation, standardise
 from ado_tasks.optimise.consistency import ConsistencyConfig
-from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.sampling import Sampler, draw

@@ -18,8 +18,8 @@ from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model
 from ado_tasks.models.embeddings import WeightEmbedding
 from ado_tasks.optimise.consistency import ConsistencyConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.optimise.guided import GuidedConfig, with_weight
-from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import SILENT, Recorder
 from ado_tasks.sampling import Sampler, draw

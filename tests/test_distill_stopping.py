@@ -20,7 +20,7 @@ from ado_tasks.features import FeaturesConfig, features
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.metrics.noninferiority import kid_difference
 from ado_tasks.models.classifier import load_features
-from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.sampling import Sampler, draw
 from ado_tasks.storage import load_arrays, read_json, sha256_tree, write_json

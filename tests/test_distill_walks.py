@@ -15,8 +15,8 @@ from ado_tasks.distillation import progressive
 from ado_tasks.errors import ConfigError
 from ado_tasks.interop.diffusers_folder import read_model
 from ado_tasks.optimise.cost import distillation_passes
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.optimise.matching import MatchingConfig
-from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.optimise.walks import Walks, walked
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import StopWhen
@@ -252,6 +252,7 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
             {"matching": {"steps": [0, 1], "hold_on_to": "walks"}, "walks": None, "teacher_steps": 8},
             "walks, and there are none",
         ),
+        ({"matching": {"steps": [0, 1], "regression": 0, "hold_on_to": "walks"}}, "holds on to nothing"),
         ({"walks": 0}, r"walks"),
         ({"further_walks": 5, "student_steps": [4]}, "with walks and two student_steps or more"),
         ({"further_walks": 5, "walks": None, "teacher_steps": 8}, "with walks and two student_steps or more"),

@@ -22,7 +22,7 @@ from ado_tasks.models.initialise import initialise
 from ado_tasks.models.quantised import bits_of
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.models.unet_config import UNet2DConfig
-from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.probe import ProbeConfig, probe, read_probe
 from ado_tasks.profile import ProfileConfig, profile

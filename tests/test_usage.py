@@ -9,7 +9,7 @@ from pydantic import Field
 from ado_tasks import usage
 from ado_tasks.config import config
 from ado_tasks.distill import distill
-from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 
 Count = Annotated[int, Field(ge=1)]
 

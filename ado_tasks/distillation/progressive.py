@@ -22,9 +22,10 @@ from ado_tasks.models.quantised import bits_of, floating, quantised
 from ado_tasks.models.unet import UNet2D
 from ado_tasks.optimise.checkpoints import Checkpoints, run_key
 from ado_tasks.optimise.cost import distillation_passes
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.optimise.loop import Curve
 from ado_tasks.optimise.progressive import WalkSolver
-from ado_tasks.optimise.students import DistillConfig, Stage, with_weights
+from ado_tasks.optimise.students import Stage, with_weights
 from ado_tasks.optimise.walks import Walks, walked
 from ado_tasks.parallel import sharded_apply
 from ado_tasks.pictures import save_curves

@@ -11,7 +11,7 @@ from ado_tasks.calibrate import CalibrateConfig
 from ado_tasks.config import as_plain, parse, read_params
 from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.cost import GRADIENT
-from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.probe import ProbeConfig
 from ado_tasks.search import SearchConfig
 from ado_tasks.sensitivity import SensitivityConfig

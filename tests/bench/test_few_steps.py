@@ -13,7 +13,7 @@ import yaml
 from ado_tasks.config import parse, read_params
 from ado_tasks.errors import ConfigError
 from ado_tasks.optimise.consistency import ConsistencyConfig
-from ado_tasks.optimise.students import DistillConfig
+from ado_tasks.optimise.distill_config import DistillConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import few_steps

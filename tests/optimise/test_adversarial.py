@@ -11,9 +11,9 @@ from ado_tasks.diffusion.oracles import gaussian_denoiser
 from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.errors import ConfigError
 from ado_tasks.optimise.adversarial import AdversarialConfig, head_loss, logits, student_slope
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.optimise.matching import Matching, MatchingConfig, matching_target
 from ado_tasks.optimise.progressive import Interval
-from ado_tasks.optimise.students import DistillConfig
 
 SCHEDULE = Cosine()
 STEPS = 80

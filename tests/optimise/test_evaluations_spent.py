@@ -19,8 +19,8 @@ from ado_tasks.optimise.cost import (
     progressive_passes,
     training_passes,
 )
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.optimise.matching import MatchingConfig
-from ado_tasks.optimise.students import DistillConfig
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import Recorder
 from ado_tasks.storage import read_json

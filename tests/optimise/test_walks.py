@@ -17,8 +17,9 @@ from ado_tasks.diffusion.schedules import Cosine
 from ado_tasks.diffusion.solvers import ddim, ddim_step, dpmpp_2m
 from ado_tasks.errors import DivergenceError
 from ado_tasks.optimise import walks as module
+from ado_tasks.optimise.distill_config import DistillConfig
 from ado_tasks.optimise.progressive import WalkSolver, levels, states_on_the_way, target
-from ado_tasks.optimise.students import DistillConfig, Stage
+from ado_tasks.optimise.students import Stage
 from ado_tasks.optimise.walks import Walks, walked
 from ado_tasks.prepare import PrepareConfig, prepare
 from ado_tasks.report import SILENT, Recorder, StopWhen
