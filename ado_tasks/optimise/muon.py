@@ -4,8 +4,8 @@ Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", h
 
 Adam scales each number of a step by itself. Muon takes a weight as the matrix it is, a convolution's as outputs ×
 (height · width · inputs), and gives all singular values of the step about the same size: directions that the gradient
-seldom shows are learned as fast as those it shows always. It holds one vector of state where Adam holds two, and costs
-15 products of matrices a weight, whatever the batch is.
+seldom shows are learned as fast as those it shows always. It costs 15 products of matrices a weight, whatever the batch
+is, and needs one vector of state where Adam needs two (`steps.py` keeps both for all: a checkpoint then has one form).
 
 What comes in and what goes out is left to Adam (first and last convolution, embeddings), as are biases and norms. One
 learning rate serves both, since a step is scaled to the root mean square that Adam's have (Liu et al. 2025,
