@@ -25,18 +25,21 @@ Features = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images and their features: the report part, to measure against, and the train part, learned from."""
+    """Real images and their features: the part to measure against (verdicts: report), the train part, learned from."""
 
     report_images: Images
     train_images: Images
     report: Features
     train: Features
-    groups: npt.NDArray[np.int64]  # of the report part: what is resampled together
+    groups: npt.NDArray[np.int64]  # of the same part: what is resampled together
 
     @staticmethod
-    def of(data: Dataset, extractor: FeatureExtractor) -> "Reference":
-        """Of a dataset, with these features. The train part is cut to at most ten times the report part."""
-        report = data.split("report")
+    def of(data: Dataset, extractor: FeatureExtractor, part: str = "report") -> "Reference":
+        """Of a dataset, with these features, to measure against `part`; what is chosen by takes "selection".
+
+        The train part is cut to at most ten times that part.
+        """
+        report = data.split(part)
         train = data.split("train")
         images = report.batch(np.arange(len(report)))
         seen = train.batch(np.arange(min(len(train), 10 * len(report))))
@@ -45,7 +48,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one variant, on the report part; docs/science.md (Metrics) says what each is."""
+    """Of one variant, on the reference's part; docs/science.md (Metrics) says what each is."""
 
     fd: float
     fd_excess: float
