@@ -39,7 +39,7 @@ from ado_tasks.evaluation.quality import Base, Reference, Yardstick, base_of
 from ado_tasks.interop.diffusers_folder import StoredModel, read_model
 from ado_tasks.metrics.accuracy import class_accuracy
 from ado_tasks.metrics.checks import group_codes
-from ado_tasks.metrics.frechet import half_size
+from ado_tasks.metrics.frechet import MIN_DRAWS, half_size
 from ado_tasks.metrics.noninferiority import difference_from_sums, non_inferior
 from ado_tasks.metrics.paired import paired_distance
 from ado_tasks.models.classifier import load_features, load_judge
@@ -47,7 +47,7 @@ from ado_tasks.optimise.cost import family_passes, training_passes
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.report import Reporter, Terminal
 from ado_tasks.sampling import Draw, Images, Sampler, draw
-from ado_tasks.storage import read_json, write_json
+from ado_tasks.storage import named_storage_errors, read_json, write_json
 from ado_tasks.variants import Variant, schedule_of, student_variants, teacher_variants
 
 DRAW, PART = "student-selection", "selection"  # name of the noise: no stage draws by it
@@ -158,7 +158,7 @@ class Measure:
         return figures
 
 
-def yardstick_of(workspace: Workspace, n: int, seed: int) -> tuple[Yardstick, bool]:
+def yardstick_of(workspace: Workspace, n: int, draws: int, seed: int) -> tuple[Yardstick, bool]:
     """What distributions are measured with on the selection part, and whether the images are drawn shapes.
 
     Raises:
@@ -178,14 +178,14 @@ def yardstick_of(workspace: Workspace, n: int, seed: int) -> tuple[Yardstick, bo
         raise ConfigError(f"--n: {n} is not allowed; allowed: {least} and more, half of the {PART} part")
     judge = load_judge(workspace.features) if data.num_classes > 1 else None
     reference, halves = Reference.of(data, extractor, PART), rng.derive(seed, DRAW, "halves")
-    yardstick = Yardstick(reference, extractor, judge, frozen["margin"], EvaluateConfig().draws, halves)
+    yardstick = Yardstick(reference, extractor, judge, frozen["margin"], draws, halves)
     return yardstick, set(data.index.columns) >= COLUMNS
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything but printing."""
     workspace = Workspace(options.workspace)
-    yardstick, drawn = yardstick_of(workspace, options.n, options.seed)
+    yardstick, drawn = yardstick_of(workspace, options.n, options.draws, options.seed)
     part = open_dataset(workspace.data).split(PART)
     teacher = read_model(workspace.root / "models" / "teacher")
     lines = teacher_lines(teacher)
@@ -223,6 +223,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         terminal.close()
     return {
         "part": PART, "draw": DRAW, "seed": options.seed, "n": len(start), "paired_n": len(paired),
+        "draws": options.draws,
         "agree_n": agree_n if drawn else None, "tolerance_pixels": asdict(tolerance) if drawn else None,
         "margin": yardstick.margin, "features_sha256": yardstick.extractor.sha256,
         "fine": {"solver": FINE_SOLVER, "grid": "uniform_log_snr", "steps": FINE_STEPS},
@@ -283,6 +284,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--agree-n", type=int, default=2000, help="of them read for place and size")
     parser.add_argument("--place", type=float, default=Tolerance.place, help="tolerance of the centre, pixels")
     parser.add_argument("--radius", type=float, default=Tolerance.radius, help="tolerance of the radius, pixels")
+    parser.add_argument("--draws", type=int, default=EvaluateConfig().draws, help="halves behind each FD")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--batch", type=int, default=256, help="images through a network at a time")
     parser.add_argument("--shards", type=int, default=2, help="parts of a batch at the same time, on a CPU")
@@ -293,9 +295,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ConfigError where an option is out of range, or a family is given twice."""
-    for name, least in (("n", 2), ("agree_n", 1), ("batch", 1), ("shards", 1), ("threads", 1)):
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')}: at least {least} is allowed")
+    for name, least in {"n": 2, "agree_n": 1, "draws": MIN_DRAWS, "batch": 1, "shards": 1, "threads": 1}.items():
+        if (given := getattr(options, name)) < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: {given} is not allowed; allowed: {least} and more")
     if min(options.place, options.radius) <= 0:
         raise ConfigError("--place, --radius: more than 0 pixels are allowed")
     if len(set(options.family)) < len(options.family):
@@ -307,7 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         check(options)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with named_storage_errors(options.out):  # before the work, not after it
+            options.out.parent.mkdir(parents=True, exist_ok=True)
         report = run(options)
         write_json(options.out, report)
     except AdoError as problem:
