@@ -12,7 +12,7 @@ teacher (50 steps of DDIM, 50 of DPM-Solver++(2M)) and every student, all from t
 - classes: how often the judge sees the class that was asked for;
 - agree: of drawn shapes, how often place and size are those of the teacher's 50 steps of DDIM, of the first
   `--agree-n` noises;
-- cost: network evaluations of everything that the student was taught by, over those of the teacher's training.
+- cost: network evaluations of the family's distillation up to that student, over those of the teacher's training.
 
 Named at the end is the family with the largest sum of agreement (without drawn shapes: the least sum of upper ends of
 KID − teacher), over the numbers of evaluations that every family has a student of. JSON in `--out`.
@@ -216,9 +216,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         reading = read_shapes(reference[:agree_n], options.threads) if drawn else None
         tolerance = Tolerance(options.place, options.radius)
         measure = Measure(yardstick, start, base, reading, agree_n, options.threads, tolerance)
-        rows = [lines[0].described() | measure(reference)]
-        for line in lines[1:]:
-            rows.append(line.described() | measure(sample(line.variant, start)))
+        rows = []
+        for line in lines:
+            images = reference if line is lines[0] else sample(line.variant, start)
+            rows.append(line.described() | measure(images))
+            for name in ("paired_distance", "agreement"):  # said at once: what is interrupted has told them
+                if name in rows[-1]:
+                    terminal.metric(f"{line.variant.name}.{name}", rows[-1][name])
     finally:
         terminal.close()
     return {
