@@ -52,18 +52,26 @@ class Walks:
         labels = None if self.labels is None or other.labels is None else np.append(self.labels, other.labels)
         return Walks(self.times, np.concatenate([self.states, other.states]), labels, self.seed)
 
-    def legs(self, step: int, size: int, student_steps: int) -> tuple[dict[str, mx.array], npt.NDArray[np.intp]]:
-        """One leg of each of `size` walks, from one of a student's times to its next: for one optimiser step.
+    def rows_and_legs(
+        self, step: int, size: int, student_steps: int
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """Which walks, and which leg of each, (size,) both, one optimiser step sees: all come up as often.
 
-        Returns:
-            "z" and "end", where each begins and ends, (size, H, W, C), and "labels" (size,) where there are classes;
-            and the number of each leg, (size,), from 0 for the one that begins in noise: each as often, to within one.
+        Legs are numbered from 0 for the one that begins in noise; each is there as often, to within one.
         """
-        rows, every = self._rows(step, size, "distill", student_steps), (len(self.times) - 1) // student_steps
         generator = rng.generator(self.seed, "walks", student_steps, "leg", step)
         leg = np.floor((generator.permutation(size) + generator.random()) * student_steps / size).astype(np.intp)
+        return self._rows(step, size, "distill", student_steps), leg
+
+    def legs(self, rows: npt.NDArray[np.intp], leg: npt.NDArray[np.intp], student_steps: int) -> dict[str, mx.array]:
+        """One leg of each of these walks, from one of a student's times to its next: rows and legs (size,).
+
+        Returns:
+            "z" and "end", where each begins and ends, (size, H, W, C), and "labels" (size,) where there are classes.
+        """
+        every = (len(self.times) - 1) // student_steps
         begins, ends = (mx.array(self.states[rows, place]) for place in (leg * every, (leg + 1) * every))
-        return {"z": begins, "end": ends, **self._labels(rows)}, leg
+        return {"z": begins, "end": ends, **self._labels(rows)}
 
     def pairs(self, step: int, size: int, student_steps: int) -> dict[str, mx.array]:
         """Walks from end to end, in an order of their own: "noise" and "end" (size, H, W, C), and "labels"."""

@@ -30,6 +30,12 @@ TIMES = (1.0, 0.9, 0.85, 0.6, 0.0)
 SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
 
 
+def legs_of(walks: Walks, step: int, size: int, student_steps: int) -> tuple[dict[str, mx.array], np.ndarray]:
+    """What a step sees where all walks come up alike, and the number of each leg."""
+    rows, leg = walks.rows_and_legs(step, size, student_steps)
+    return walks.legs(rows, leg, student_steps), leg
+
+
 def bent(z: mx.array, t: mx.array) -> mx.array:
     """A denoiser that is no straight line in z or t."""
     return mx.tanh(2 * z) * (1 - 0.5 * t[:, None, None, None]) + 0.1 * mx.sin(5 * t[:, None, None, None])
@@ -96,7 +102,7 @@ def test_stops_that_no_walk_passes_are_refused(stops: tuple[float, ...]) -> None
 @pytest.mark.parametrize("steps", [4, 2, 1])
 def test_a_leg_goes_from_one_of_the_students_times_to_its_next(part: Split, tmp_path: Path, steps: int) -> None:
     walks = walk(part, tmp_path)
-    batch, leg = walks.legs(3, 8, steps)
+    batch, leg = legs_of(walks, 3, 8, steps)
     every = 4 // steps
     for z, end, number in zip(np.array(batch["z"]), np.array(batch["end"]), leg, strict=True):
         row = int(np.flatnonzero((walks.states[:, number * every] == z).all(axis=(1, 2, 3)))[0])
@@ -105,7 +111,7 @@ def test_a_leg_goes_from_one_of_the_students_times_to_its_next(part: Split, tmp_
 
 
 def test_the_target_of_a_leg_leads_to_its_end(part: Split, tmp_path: Path) -> None:
-    batch, leg = walk(part, tmp_path).legs(0, 8, 4)
+    batch, leg = legs_of(walk(part, tmp_path), 0, 8, 4)
     grid = np.array(TIMES, dtype=np.float32)
     z = batch["z"]
     here, there = (levels(mx.array(grid[at]), z, SCHEDULE) for at in (leg, leg + 1))
@@ -119,8 +125,10 @@ def test_a_stage_is_shown_times_targets_and_weights_as_in_closed_form(part: Spli
         teacher_steps=10, student_steps=(4, 2, 1), batch_size=8, times=TIMES, walks=10, loss="v"
     )  # fmt: skip
     walks = walk(part, tmp_path)
-    batch = Stage(config, stage, config.interval_of(stage), SCHEDULE, "v_prediction", 0, walks).batch_of_legs(3)
-    seen, leg = walks.legs(3, 8, config.student_steps[stage])
+    batch = Stage(config, stage, config.interval_of(stage), SCHEDULE, "v_prediction", 0, walks).batch_of_legs(
+        *walks.rows_and_legs(3, 8, config.student_steps[stage])
+    )
+    seen, leg = legs_of(walks, 3, 8, config.student_steps[stage])
     times = np.array(TIMES)[:: 2**stage]
     z, end = (np.array(seen[name], np.float64) for name in ("z", "end"))
     (alpha, sigma), (after, less) = (SCHEDULE.alpha_sigma(times[at]) for at in (leg, leg + 1))
@@ -135,13 +143,13 @@ def test_a_stage_is_shown_times_targets_and_weights_as_in_closed_form(part: Spli
 
 def test_a_walk_has_another_leg_at_another_step(part: Split, tmp_path: Path) -> None:
     walks = walk(part, tmp_path)
-    assert len({tuple(walks.legs(step, 8, 4)[1]) for step in range(5)}) == 5
+    assert len({tuple(legs_of(walks, step, 8, 4)[1]) for step in range(5)}) == 5
 
 
 def test_every_walk_comes_once_in_as_many_steps_as_go_through_all(part: Split, tmp_path: Path) -> None:
     walks = walk(part, tmp_path)
     for seen in (
-        [walks.legs(step, 5, 1)[0]["z"] for step in (0, 1)], [walks.pairs(step, 5, 1)["noise"] for step in (0, 1)]
+        [legs_of(walks, step, 5, 1)[0]["z"] for step in (0, 1)], [walks.pairs(step, 5, 1)["noise"] for step in (0, 1)]
     ):  # fmt: skip
         np.testing.assert_array_equal(
             np.sort(np.concatenate(seen).reshape(10, -1), axis=0), np.sort(walks.states[:, 0].reshape(10, -1), axis=0)
@@ -169,7 +177,7 @@ def test_each_walk_has_a_noise_of_its_own_and_the_label_that_the_teacher_was_tol
 
 def test_pairs_are_the_ends_of_a_walk_and_come_in_another_order_than_legs(part: Split, tmp_path: Path) -> None:
     walks = walk(part, tmp_path)
-    pairs, (legs, _) = walks.pairs(0, 10, 1), walks.legs(0, 10, 1)
+    pairs, (legs, _) = walks.pairs(0, 10, 1), legs_of(walks, 0, 10, 1)
     rows = [int(np.flatnonzero((walks.states[:, 0] == z).all(axis=(1, 2, 3)))[0]) for z in np.array(pairs["noise"])]
     assert sorted(rows) == list(range(10))
     np.testing.assert_array_equal(np.array(pairs["end"]), walks.states[rows, -1])
@@ -189,7 +197,7 @@ def test_where_there_are_no_classes_there_are_no_labels(part: Split, tmp_path: P
         denoising, TIMES, uniform(10), "ddim", 3, replace(part, num_classes=0), SCHEDULE, 0, tmp_path, SILENT
     )  # fmt: skip
     assert asked == [0]
-    assert set(walks.legs(0, 8, 2)[0]) == {"z", "end"}  # more than there are walks
+    assert set(legs_of(walks, 0, 8, 2)[0]) == {"z", "end"}  # more than there are walks
     assert set(walks.pairs(0, 8, 2)) == {"noise", "end"}
 
 
