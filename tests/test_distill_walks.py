@@ -114,17 +114,19 @@ def test_the_first_student_walks_on_for_the_next_from_other_noises_and_in_its_ow
         return found[-1]
 
     seen: list[int] = []
+    shared: list[Any] = []
     legs = Walks.legs
 
     def counted(self: Walks, *given: Any) -> Any:
         seen.append(len(self.states))
+        shared.append((self.teachers, self.share))
         return legs(self, *given)
 
     monkeypatch.setattr(progressive, "walked", watched)
     monkeypatch.setattr(Walks, "legs", counted)
     config = DistillConfig(
         teacher_steps=10, student_steps=(4, 2, 1), stage_steps=2, batch_size=4, walks=20, further_walks=20,
-        teacher_solver="dpmpp_2m", times=KNOTS, learning_rate=1e-2,
+        teacher_solver="dpmpp_2m", times=KNOTS, learning_rate=1e-2, teachers_share=0.25,
         matching=MatchingConfig(steps=(2, 0, 0), batch_size=4, learning_rate=1e-2),
     )  # fmt: skip
     folder = taught(place, "further", config)
@@ -141,6 +143,7 @@ def test_the_first_student_walks_on_for_the_next_from_other_noises_and_in_its_ow
     assert own.times == KNOTS[::2]
     middle = Sampler(student.model)(Draw(own.states[:, 0], own.labels), "ddim", student.times[:3])
     np.testing.assert_allclose(own.states[:, 1], middle, atol=1e-3)
+    assert shared[2] == shared[5] == (20, 0.25)  # the teacher's share of what later students see
     both = teachers.past_times_of(2).and_those_of(own)
     np.testing.assert_array_equal(both.states[:20], teachers.states[:, ::2])
     np.testing.assert_array_equal(both.states[20:], own.states)
@@ -255,7 +258,7 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
         )
     ]  # fmt: skip
     assert [done["config"].get("walks") for done in said] == [20, None]
-    assert not {"walks", "further_walks", "optimiser", "priority"} & set(said[1]["config"])
+    assert not {"walks", "further_walks", "optimiser", "priority", "teachers_share"} & set(said[1]["config"])
     assert [done["config"]["matching"].get("hold_on_to") for done in said] == ["walks", None]
     found = distillation_passes({"history": said[:1]})
     assert found is not None and found.evaluations == 20 * 8 + 2 * 8 * 3
@@ -277,6 +280,8 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
         ({"further_walks": 5, "walks": None, "teacher_steps": 8}, "with walks and two student_steps or more"),
         ({"priority": 1.0, "walks": None, "teacher_steps": 8}, "priority: it is of legs of walks, and there are none"),
         ({"priority": -0.5}, "priority"),
+        ({"teachers_share": 0.5}, "teachers_share: all walks are the teacher's; allowed: with further_walks"),
+        ({"teachers_share": 1, "further_walks": 5}, "teachers_share"),
         ({"optimiser": "sgd"}, r"optimiser: .*adam.*muon"),
         ({"student_steps": [5, 2]}, "a student of 2 steps cannot replace 5"),
         ({"teacher_steps": 4}, "a student of 4 steps cannot replace 4 steps; allowed: a smaller number"),

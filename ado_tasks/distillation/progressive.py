@@ -138,7 +138,7 @@ class Walking:
             return walks
         fewer, seed = walks.past_times_of(self.config.student_steps[1]), rng.derive(self.seed, "further walks")
         own = self._walked(student, count, fewer.times, np.array(walks.times), "ddim", seed, FURTHER)
-        return fewer.and_those_of(own)
+        return fewer.and_those_of(own, self.config.teachers_share)
 
     def clear(self) -> None:
         """Forget what is kept."""
@@ -213,7 +213,8 @@ def _record(begins: StoredModel, config: DistillConfig, steps: int, seed: int, s
     if matched and config.adversarial_weight_of(stage):
         method += ", adversarial"
     unsaid = {"stop": "never", "targets_together": 1, "taught_by": "previous", "precision": "float32", "times": None,
-              "walks": None, "further_walks": None, "optimiser": "adam", "priority": 0.0}  # fmt: skip
+              "walks": None, "further_walks": None, "optimiser": "adam", "priority": 0.0,
+              "teachers_share": None}  # fmt: skip
     settings = as_recorded(config, **unsaid)
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key

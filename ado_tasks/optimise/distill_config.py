@@ -47,6 +47,8 @@ class DistillConfig:
     # Noises from which the first student walks too, once it is taught, in steps of its own: what later students learn
     # from beside the teacher's walks, which are dearer and so fewer. None: the teacher's alone
     further_walks: Annotated[int, Field(ge=1)] | None = None
+    # Of the walks that a step sees then, how many are the teacher's, who errs less. None: as many as they are of all
+    teachers_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     # How much more often a leg of a walk is drawn again that the student is far off on: exponent of its last loss, see
     # optimise/priorities.py; 1 is a good one. 0: all alike
     priority: Annotated[float, Field(ge=0, le=4)] = 0.0
@@ -105,6 +107,8 @@ class DistillConfig:
                 "further_walks: they are the first student's, beside its teacher's, for later students; allowed: with "
                 "walks and two student_steps or more"
             )
+        if self.teachers_share and not self.further_walks:
+            raise ValueError("teachers_share: all walks are the teacher's; allowed: with further_walks")
         if self.priority and self.walks is None:
             raise ValueError("priority: it is of legs of walks, and there are none; allowed: 0, or a number of walks")
         if self.walks is None:

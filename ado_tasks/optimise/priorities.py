@@ -37,26 +37,34 @@ class Priorities:
     def draw(self, step: int, size: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
         """Rows and legs, (size,) each, of one optimiser step: each leg as often, to within one."""
         rows, legs = self._walks.rows_and_legs(step, size, self._student_steps)
-        if step * size < self._student_steps * len(self._walks.states):
-            return rows, legs
         generator = rng.generator(self._walks.seed, "walks", self._student_steps, "priority", step)
-        for leg in range(self._student_steps):
-            wanted = legs == leg
-            rows[wanted] = self._by_priority(leg, int(wanted.sum()), generator)
+        for kind, count in self._walks.kinds(size):
+            if step * count < self._student_steps * (kind.stop - kind.start):
+                continue
+            own = (rows >= kind.start) & (rows < kind.stop)
+            for leg, losses in enumerate(self.losses[:, kind]):
+                wanted = own & (legs == leg)
+                rows[wanted] = kind.start + by_priority(losses, self._exponent, int(wanted.sum()), generator)
         return rows, legs
 
     def met(self, rows: npt.NDArray[np.intp], legs: npt.NDArray[np.intp], losses: npt.NDArray[np.float32]) -> None:
         """Remember the losses (size,) of what was drawn."""
         self.losses[legs, rows] = losses
 
-    def _by_priority(self, leg: int, count: int, generator: np.random.Generator) -> npt.NDArray[np.intp]:
-        """`count` rows, one from each of as many equal stretches of all priorities laid end to end."""
-        losses = self.losses[leg].astype(np.float64)
-        mean = np.nanmean(losses) if np.isfinite(losses).any() else 1.0
-        relative = np.nan_to_num(losses / max(mean, np.finfo(np.float32).tiny), nan=1.0)  # not met yet: as the mean
-        ends = np.cumsum((relative + FLOOR) ** self._exponent)
-        points = (np.arange(count) + generator.random(count)) / max(count, 1) * ends[-1]
-        return np.minimum(np.searchsorted(ends, points, side="right"), len(ends) - 1)
+
+def by_priority(
+    losses: npt.NDArray[np.float32], exponent: float, count: int, generator: np.random.Generator
+) -> npt.NDArray[np.intp]:
+    """`count` rows, one from each of as many equal stretches of all priorities laid end to end.
+
+    Priorities are powers of the losses (n,) over their mean, plus FLOOR; what was not met yet (NaN) counts as the mean.
+    """
+    known = np.isfinite(losses)
+    mean = losses[known].mean(dtype=np.float64) if known.any() else 1.0
+    relative = np.where(known, losses / max(mean, np.finfo(np.float32).tiny), 1.0)
+    ends = np.cumsum((relative + FLOOR) ** exponent)
+    points = (np.arange(count) + generator.random(count)) / max(count, 1) * ends[-1]
+    return np.minimum(np.searchsorted(ends, points, side="right"), len(ends) - 1)
 
 
 class PrioritisedStep:

@@ -35,27 +35,37 @@ AT_ONCE = 512  # walks at the same time, and in one file of what is kept
 
 @dataclass(frozen=True)
 class Walks:
-    """Walks of one teacher: states[:, 0] is noise, states[:, k] where the k-th time is passed."""
+    """Walks of a teacher, and of a student after them: states[:, 0] is noise, states[:, k] where time k is passed."""
 
     times: tuple[float, ...]  # of the student of most steps, from 1 to 0
     states: npt.NDArray[np.float32]  # (count, N + 1, H, W, C)
     labels: npt.NDArray[np.int32] | None  # (count,); None where there are no classes
     seed: int
+    teachers: int | None = None  # how many are the teacher's, the first ones; None: all
+    share: float | None = None  # of what a step sees that is of those; None: what they are of all
 
     def past_times_of(self, student_steps: int) -> "Walks":
         """With the states alone that a student of so many steps, and those of fewer, find among them."""
         every = (len(self.times) - 1) // student_steps
         return Walks(self.times[::every], np.ascontiguousarray(self.states[:, ::every]), self.labels, self.seed)
 
-    def and_those_of(self, other: "Walks") -> "Walks":
-        """All walks of both, which pass the same times."""
+    def and_those_of(self, other: "Walks", share: float | None = None) -> "Walks":
+        """All walks of both, which pass the same times; `share` of what a step sees is of the former."""
         labels = None if self.labels is None or other.labels is None else np.append(self.labels, other.labels)
-        return Walks(self.times, np.concatenate([self.states, other.states]), labels, self.seed)
+        states = np.concatenate([self.states, other.states])
+        return Walks(self.times, states, labels, self.seed, len(self.states), share)
+
+    def kinds(self, size: int) -> list[tuple[slice, int]]:
+        """Rows of each kind of walks that has a share of its own, and how many of `size` come from them."""
+        if self.share is None or self.teachers is None:
+            return [(slice(0, len(self.states)), size)]
+        own = round(self.share * size)
+        return [(slice(0, self.teachers), own), (slice(self.teachers, len(self.states)), size - own)]
 
     def rows_and_legs(
         self, step: int, size: int, student_steps: int
     ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-        """Which walks, and which leg of each, (size,) both, one optimiser step sees: all come up as often.
+        """Which walks, and which leg of each, (size,) both, one optimiser step sees: all of a kind come up as often.
 
         Legs are numbered from 0 for the one that begins in noise; each is there as often, to within one.
         """
@@ -81,7 +91,12 @@ class Walks:
         }  # fmt: skip
 
     def _rows(self, step: int, size: int, purpose: str, student_steps: int) -> np.ndarray:
-        return images_of_step(len(self.states), size, rng.derive(self.seed, "walks", purpose, student_steps), step)
+        """Of each kind its share, each of its walks once before any comes again."""
+        found = []
+        for rows, count in self.kinds(size):
+            seed = rng.derive(self.seed, "walks", purpose, student_steps, *([rows.start] if rows.start else []))
+            found.append(rows.start + images_of_step(rows.stop - rows.start, count, seed, step))
+        return np.concatenate(found)
 
     def _labels(self, rows: np.ndarray) -> dict[str, mx.array]:
         return {} if self.labels is None else {"labels": mx.array(self.labels[rows])}

@@ -64,6 +64,24 @@ def test_then_as_often_as_the_power_of_the_loss_says(exponent: float) -> None:
         np.testing.assert_allclose(found[leg] / (2 * len(steps)), wanted / wanted.sum(), atol=0.015)
 
 
+def test_each_kind_of_walks_keeps_its_share_and_has_priorities_of_its_own() -> None:
+    """The teacher's two walks have come up often enough at once; the other six of a student not before step 3."""
+    walks = some_walks(2).and_those_of(some_walks(6), 0.5)
+    priorities = Priorities(walks, LEGS, 1.0)
+    priorities.losses[:] = [5, 0, 1, 1, 1, 1, 1, 4]
+    found = np.zeros(8)
+    for step in range(2, 4002):
+        rows, legs = priorities.draw(step, 8)
+        assert np.sum(rows < 2) == 4
+        assert sorted(legs) == [0] * 4 + [1] * 4
+        if step < 3:
+            np.testing.assert_array_equal(rows[rows >= 2], walks.rows_and_legs(step, 8, LEGS)[0][4:])
+        np.add.at(found, rows, 1)
+    relative = np.concatenate([np.array([5, 0]) / 2.5, np.array([1, 1, 1, 1, 1, 4]) / 1.5]) + FLOOR
+    wanted = np.concatenate([relative[:2] / relative[:2].sum(), relative[2:] / relative[2:].sum()]) / 2
+    np.testing.assert_allclose(found / found.sum(), wanted, atol=0.01)
+
+
 def test_with_no_loss_known_or_all_zero_all_come_up() -> None:
     for losses in (np.nan, 0.0):
         priorities = Priorities(some_walks(), LEGS, 1.0)

@@ -259,3 +259,31 @@ def test_a_walk_to_nowhere_is_named(part: Split, tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match="10 steps of ddim"):
         walked(lambda _: lambda z, t: z * mx.inf, TIMES, uniform(10), "ddim", 3, part, SCHEDULE, 0, tmp_path, SILENT)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("purpose", ["legs", "pairs"])
+def test_of_what_a_step_sees_the_teachers_walks_have_their_share_each_once_an_epoch(
+    part: Split, tmp_path: Path, purpose: str
+) -> None:
+    """Legs do not depend on whose walk it is."""
+    teachers, others = walk(part, tmp_path / "a", 9), walk(part, tmp_path / "b", 30, seed=1)
+    both, plain = teachers.and_those_of(others, 0.25), teachers.and_those_of(others)
+    assert both.kinds(12) == [(slice(0, 9), 3), (slice(9, 39), 9)]
+    assert plain.kinds(12) == [(slice(0, 39), 12)]
+    seen: list[np.ndarray] = []
+    legs: Counter[int] = Counter()
+    for step in range(30):
+        if purpose == "pairs":
+            noise = np.array(both.pairs(step, 12, 2)["noise"])
+            rows = np.array([int(np.flatnonzero((both.states[:, 0] == z).all(axis=(1, 2, 3)))[0]) for z in noise])
+        else:
+            rows, leg = both.rows_and_legs(step, 12, 2)
+            assert Counter(leg.tolist()) == {0: 6, 1: 6}
+            legs.update(leg[rows < 9].tolist())
+        assert np.sum(rows < 9) == 3
+        seen.append(rows)
+    rows = np.concatenate(seen)
+    assert Counter(rows[rows < 9].tolist()) == dict.fromkeys(range(9), 10)
+    assert Counter(rows[rows >= 9].tolist()) == dict.fromkeys(range(9, 39), 9)
+    if purpose == "legs":
+        assert min(legs.values()) > 30
