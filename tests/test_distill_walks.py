@@ -206,25 +206,6 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(place: Path, at: int) -> 
     assert list((place / "scratch").rglob("*.safetensors")) == []
 
 
-@pytest.mark.parametrize("at", [3, 6, 9])
-def test_with_priorities_too_and_they_change_what_is_learned(place: Path, at: int) -> None:
-    """Stopped where all walks come up alike, and where they do not (from step 4 of 12 on); in the next stage."""
-    config = DistillConfig(
-        teacher_steps=6, student_steps=(2, 1), stage_steps=12, batch_size=8, checkpoint_every=2, walks=16, priority=1.0
-    )
-    if not (place / "prioritised").exists():
-        taught(place, "prioritised", config)
-        taught(place, "alike", replace(config, priority=0.0))
-    with pytest.raises(KeyboardInterrupt):
-        taught(place, f"prioritised-{at}", config, report=stop_at(at))
-    folder = taught(place, f"prioritised-{at}", config)
-    for steps in (2, 1):
-        one, other, alike = (weights(each, steps) for each in (place / "prioritised", folder, place / "alike"))
-        for name, array in one.items():
-            np.testing.assert_array_equal(other[name], array, err_msg=name)
-        assert any((array != alike[name]).any() for name, array in one.items())
-
-
 def test_matching_samples_from_the_walks_noise_and_holds_on_to_their_ends(place: Path) -> None:
     """With regression alone to speak of, more of it brings students nearer to the walks' ends."""
     common: dict[str, Any] = {
@@ -258,7 +239,7 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
         )
     ]  # fmt: skip
     assert [done["config"].get("walks") for done in said] == [20, None]
-    assert not {"walks", "further_walks", "optimiser", "priority", "teachers_share"} & set(said[1]["config"])
+    assert not {"walks", "further_walks", "optimiser", "teachers_share"} & set(said[1]["config"])
     assert [done["config"]["matching"].get("hold_on_to") for done in said] == ["walks", None]
     found = distillation_passes({"history": said[:1]})
     assert found is not None and found.evaluations == 20 * 8 + 2 * 8 * 3
@@ -278,8 +259,6 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
         ({"walks": 0}, r"walks"),
         ({"further_walks": 5, "student_steps": [4]}, "with walks and two student_steps or more"),
         ({"further_walks": 5, "walks": None, "teacher_steps": 8}, "with walks and two student_steps or more"),
-        ({"priority": 1.0, "walks": None, "teacher_steps": 8}, "priority: it is of legs of walks, and there are none"),
-        ({"priority": -0.5}, "priority"),
         ({"teachers_share": 0.5}, "teachers_share: all walks are the teacher's; allowed: with further_walks"),
         ({"teachers_share": 1, "further_walks": 5}, "teachers_share"),
         ({"optimiser": "sgd"}, r"optimiser: .*adam.*muon"),

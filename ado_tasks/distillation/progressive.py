@@ -213,8 +213,7 @@ def _record(begins: StoredModel, config: DistillConfig, steps: int, seed: int, s
     if matched and config.adversarial_weight_of(stage):
         method += ", adversarial"
     unsaid = {"stop": "never", "targets_together": 1, "taught_by": "previous", "precision": "float32", "times": None,
-              "walks": None, "further_walks": None, "optimiser": "adam", "priority": 0.0,
-              "teachers_share": None}  # fmt: skip
+              "walks": None, "further_walks": None, "optimiser": "adam", "teachers_share": None}  # fmt: skip
     settings = as_recorded(config, **unsaid)
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key

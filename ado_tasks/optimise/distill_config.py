@@ -49,9 +49,6 @@ class DistillConfig:
     further_walks: Annotated[int, Field(ge=1)] | None = None
     # Of the walks that a step sees then, how many are the teacher's, who errs less. None: as many as they are of all
     teachers_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    # How much more often a leg of a walk is drawn again that the student is far off on: exponent of its last loss, see
-    # optimise/priorities.py; 1 is a good one. 0: all alike
-    priority: Annotated[float, Field(ge=0, le=4)] = 0.0
     precision: Precision = "float32"  # of a pass of student or teacher; weights, state, matching's scores are float32
     targets_together: Annotated[int, Field(ge=1)] = 1  # steps whose targets are computed at once: faster, more memory
     checkpoint_every: Annotated[int, Field(ge=1)] = 250  # steps
@@ -109,8 +106,6 @@ class DistillConfig:
             )
         if self.teachers_share and not self.further_walks:
             raise ValueError("teachers_share: all walks are the teacher's; allowed: with further_walks")
-        if self.priority and self.walks is None:
-            raise ValueError("priority: it is of legs of walks, and there are none; allowed: 0, or a number of walks")
         if self.walks is None:
             if ends:
                 raise ValueError(

@@ -40,8 +40,8 @@ _STEP, _CURVE = "progress.step", "curve."  # names of what is not weights in a c
 class Loop:
     """One run of optimiser steps.
 
-    Every batch and learning rate is a function of the step, and at most of what a checkpoint keeps, so that a run which
-    resumes at step k goes on exactly as one that never stopped.
+    Every batch and learning rate is a function of the step alone, so that a run which resumes at step k goes on exactly
+    as one that never stopped.
     """
 
     name: str  # of the curves, and in messages

@@ -20,8 +20,6 @@ from ado_tasks.parallel import Batch, Loss, Parts, SideBySide, Tree
 Vectors = dict[str, mx.array]  # by kind: "parameters", "adam.first", "adam.second" and, where one is kept, "average"
 Arrays = dict[str, mx.array]  # parameters by name
 Optimiser = Literal["adam", "muon"]
-# Of a part of a batch: its loss, the losses of its images or nothing, its gradient as a vector for each group
-Part = tuple[mx.array, list[mx.array], list[mx.array]]
 
 BETAS = (0.9, 0.999)  # Kingma & Ba 2015, algorithm 1
 EPSILON = 1e-8  # the same; outside the square root, as in PyTorch
@@ -101,7 +99,7 @@ class TrainStep:
 
     def __init__(
         self, loss: Loss, parameters: Tree, *, clip: float, ema_decay: float | None, shards: int = 1,
-        accumulate: int = 1, optimiser: Optimiser = "adam", of_each: bool = False,
+        accumulate: int = 1, optimiser: Optimiser = "adam",
     ):  # fmt: skip
         """Start from `parameters`.
 
@@ -113,16 +111,11 @@ class TrainStep:
         shards: parts of a batch computed at the same time on a CPU (see parallel.py). Decides the last bits.
         accumulate: pieces of a batch computed one after another, for less memory. Decides the last bits too.
         optimiser: of the matrices inside the network; all else is Adam's.
-        of_each: `loss` gives the loss of each image, (B,), which the attribute `of_each` keeps of the last step; the
-            step is on their mean. Not with `accumulate`.
         """
-        if of_each and accumulate > 1:
-            raise ValueError("the loss of each image is not kept of a batch in pieces; allowed: accumulate 1")
         self._layout = Layout.of(parameters, optimiser)
         self._clip, self._ema_decay, self._optimiser, self._done = clip, ema_decay, optimiser, 0
         self._accumulate = accumulate
-        self._keeps, self.of_each = of_each, mx.zeros(0)
-        self._value_and_grad = mx.value_and_grad(mean_and_each(loss) if of_each else loss)
+        self._value_and_grad = mx.value_and_grad(loss)
         self._gradient = Parts(self._gradient_of, shards)
         # The optimiser's step is taken in as many groups of parameters, side by side as the parts of the batch are.
         self._groups = self._layout.groups(self._gradient.count)
@@ -137,7 +130,7 @@ class TrainStep:
         loss = self.lazily(batch, learning_rate)
         if self._running is not None:
             mx.eval(self._running)
-        mx.async_eval(self._vectors, self._arrays, loss, self.of_each)
+        mx.async_eval(self._vectors, self._arrays, loss)
         self._running = loss
         return loss
 
@@ -145,37 +138,33 @@ class TrainStep:
         """Build a step and leave it to MLX to take it, with the loss or the state. For measurements."""
         rates = mx.array(step_rates(self._done, learning_rate, self._ema_decay), dtype=mx.float32)
         shares, parts = self._parts(batch)
-        gradients = [gradient for _, _, gradient in parts]
+        gradients = [gradient for _, gradient in parts]
         updated = self._update([(vectors, gradients, mx.array(shares), rates) for vectors in self._vectors])
-        loss = weighted_sum(mx.array(shares), [value for value, _, _ in parts])
-        if self._keeps:
-            self.of_each = mx.concatenate([each for _, kept, _ in parts for each in kept])
+        loss = weighted_sum(mx.array(shares), [value for value, _ in parts])
         self._vectors = [vectors for vectors, _ in updated]
         self._arrays = {name: array for _, arrays in updated for name, array in arrays.items()}
         self._done += 1
         return loss
 
-    def _parts(self, batch: Batch) -> tuple[tuple[float, ...], tuple[Part, ...]]:
-        """Shares of the batch and what each comes to; or the sum over pieces that went one by one."""
+    def _parts(self, batch: Batch) -> tuple[tuple[float, ...], tuple[tuple[mx.array, list[mx.array]], ...]]:
+        """Shares of the batch and, for each, its loss and gradients; or the sum over pieces that went one by one."""
         pieces = pieces_of(batch, self._accumulate)
         if len(pieces) == 1:
             shares, parts = zip(*self._gradient(self._arrays, batch), strict=True)
             return shares, parts
         value, sums = mx.array(0.0), [mx.array(0.0)] * len(self._groups)
         for size, piece in pieces:
-            for share, (own, _, gradients) in self._gradient(self._arrays, piece):
+            for share, (own, gradients) in self._gradient(self._arrays, piece):
                 value = value + size * share * own
                 sums = [total + size * share * gradient for total, gradient in zip(sums, gradients, strict=True)]
             mx.eval(value, sums)  # else MLX would hold all pieces at once
-        return (1.0,), ((value, [], sums),)
+        return (1.0,), ((value, sums),)
 
-    def _gradient_of(self, arrays: Arrays, batch: Batch) -> Part:
-        """Of a part: its loss, where they are kept the losses of its images, and its gradient by groups."""
-        found: Any
-        found, tree = self._value_and_grad(mlx_utils.tree_unflatten(list(arrays.items())), batch)
-        value, *each = found if self._keeps else (found,)
+    def _gradient_of(self, arrays: Arrays, batch: Batch) -> tuple[mx.array, list[mx.array]]:
+        """The loss of a part, and its gradient as one vector for each group of parameters."""
+        value, tree = self._value_and_grad(mlx_utils.tree_unflatten(list(arrays.items())), batch)
         named = dict(mlx_utils.tree_flatten(tree))
-        return value, each, [group.flatten(named) for group in self._groups]
+        return value, [group.flatten(named) for group in self._groups]
 
     def _updater(self, number: int) -> Callable[..., tuple[Vectors, Arrays]]:
         """The optimiser's step of one group: from what the parts of the batch say about every group."""
@@ -249,16 +238,6 @@ def weighted_sum(shares: mx.array, terms: list[mx.array]) -> mx.array:
     if len(terms) == 1:
         return terms[0]
     return sum((shares[place] * term for place, term in enumerate(terms[1:], 1)), shares[0] * terms[0])
-
-
-def mean_and_each(loss: Loss) -> Callable[[Tree, Batch], tuple[mx.array, mx.array]]:
-    """Of a loss of each image, (B,): the mean, whose gradient is taken, and the losses themselves."""
-
-    def both(parameters: Tree, batch: Batch) -> tuple[mx.array, mx.array]:
-        each = loss(parameters, batch)
-        return mx.mean(each), each
-
-    return both
 
 
 def averaging_decay(done: int, decay: float) -> float:

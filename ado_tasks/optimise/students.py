@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ado_tasks import rng
 from ado_tasks.backend import mx
@@ -21,7 +20,6 @@ from ado_tasks.optimise.checkpoints import Checkpoints
 from ado_tasks.optimise.distill_config import DistillConfig, of_stage
 from ado_tasks.optimise.loop import Curve, Loop, Step
 from ado_tasks.optimise.matching import Matching, MatchingStep
-from ado_tasks.optimise.priorities import Priorities, PrioritisedStep
 from ado_tasks.optimise.progressive import Interval, distillation_target, levels, target
 from ado_tasks.optimise.steps import TrainStep
 from ado_tasks.optimise.walks import Walks
@@ -54,33 +52,21 @@ class Stage:
         self, student: UNet2D, teacher: UNet2D, part: Split, checkpoints: Checkpoints, report: Reporter
     ) -> tuple[Any, Curve]:
         """Teach a student that starts from the weights it has; returns its new weights and the loss curve."""
-        kept = self.walks is not None and self.config.priority > 0
-        step, batch_of = self._lessons(
-            TrainStep(
-                self.loss(UNet2D(student.config), of_each=kept), student.parameters(), clip=self.config.clip,
-                ema_decay=None, shards=self.config.shards, optimiser=self.config.optimiser, of_each=kept,
-            ),
-            teacher, part,
+        if self.walks:
+            batches = self.batch_of_legs
+        else:
+            frozen = with_weights(teacher, lowered(teacher.parameters(), self.config.precision))
+            batches = self.batches(part, self.targets(frozen))
+        loss = self.loss(UNet2D(student.config))
+        step = TrainStep(
+            loss, student.parameters(), clip=self.config.clip, ema_decay=None, shards=self.config.shards,
+            optimiser=self.config.optimiser,
         )  # fmt: skip
         curve = self._repeat(
             step, f"distill_{self.interval.student_steps}", self.config.steps_of(self.number),
-            batch_of, self.learning_rate_at, checkpoints, report, 0,
+            batches, self.learning_rate_at, checkpoints, report, 0,
         )  # fmt: skip
         return step.parameters(), curve
-
-    def _lessons(
-        self, step: TrainStep, teacher: UNet2D, part: Split
-    ) -> tuple[TrainStep | PrioritisedStep, Callable[[int], dict[str, mx.array]]]:
-        """The step as the loop takes it, and the batch of each."""
-        size, n = self.config.batch_size, self.interval.student_steps
-        walks = self.walks
-        if walks is None:
-            frozen = with_weights(teacher, lowered(teacher.parameters(), self.config.precision))
-            return step, self.batches(part, self.targets(frozen))
-        if not self.config.priority:
-            return step, lambda index: self.batch_of_legs(*walks.rows_and_legs(index, size, n))
-        prioritised = PrioritisedStep(step, Priorities(walks, n, self.config.priority))
-        return prioritised, lambda index: self.batch_of_legs(*prioritised.draw(index, size))
 
     def match(
         self, student: UNet2D, before: UNet2D, first: UNet2D, part: Split, checkpoints: Checkpoints, report: Reporter
@@ -120,10 +106,10 @@ class Stage:
         )  # fmt: skip
         return loop.run(step)["training"]
 
-    def batch_of_legs(self, rows: npt.NDArray[np.intp], leg: npt.NDArray[np.intp]) -> dict[str, mx.array]:
-        """States at the student's times on these walks, (size,) both, each with the x̃ that leads to the next."""
+    def batch_of_legs(self, step: int) -> dict[str, mx.array]:
+        """States at the student's times on the teacher's walks, each with the x̃ that leads to the next."""
         assert self.walks is not None
-        batch = self.walks.legs(rows, leg, self.interval.student_steps)
+        batch, leg = self.walks.legs(step, self.config.batch_size, self.interval.student_steps)
         grid, z = self.interval.grid(), batch["z"]
         t, s = (mx.array(times.astype(np.float32)) for times in (grid[leg], grid[leg + 1]))
         wanted = target(batch.pop("end"), z, *levels(t, z, self.schedule), *levels(s, z, self.schedule))
@@ -157,8 +143,8 @@ class Stage:
 
         return sharded_apply(walk, self.config.shards)
 
-    def loss(self, student: UNet2D, of_each: bool = False) -> Callable[[Any, Mapping[str, mx.array]], mx.array]:
-        """The stage's loss: mean over a batch of w(λ_t) ‖x̂(z_t) − x̃‖², or of Charbonnier's distance; or all of them."""
+    def loss(self, student: UNet2D) -> Callable[[Any, Mapping[str, mx.array]], mx.array]:
+        """The stage's loss: mean over a batch of w(λ_t) ‖x̂(z_t) − x̃‖², or of Charbonnier's distance."""
         c = self.config.charbonnier
 
         def loss(parameters: Any, batch: Mapping[str, mx.array]) -> mx.array:
@@ -166,10 +152,8 @@ class Stage:
             labels = [batch["labels"]] if "labels" in batch else []
             x_hat = self.denoiser(student, labels)(batch["z"], batch["t"])
             if c:
-                each = losses.weighted_charbonnier_error(x_hat, batch["target"], batch["weight"], c)
-            else:
-                each = losses.weighted_squared_error(x_hat, batch["target"], batch["weight"])
-            return each if of_each else mx.mean(each)
+                return mx.mean(losses.weighted_charbonnier_error(x_hat, batch["target"], batch["weight"], c))
+            return mx.mean(losses.weighted_squared_error(x_hat, batch["target"], batch["weight"]))
 
         return loss
 

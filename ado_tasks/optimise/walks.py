@@ -55,33 +55,18 @@ class Walks:
         states = np.concatenate([self.states, other.states])
         return Walks(self.times, states, labels, self.seed, len(self.states), share)
 
-    def kinds(self, size: int) -> list[tuple[slice, int]]:
-        """Rows of each kind of walks that has a share of its own, and how many of `size` come from them."""
-        if self.share is None or self.teachers is None:
-            return [(slice(0, len(self.states)), size)]
-        own = round(self.share * size)
-        return [(slice(0, self.teachers), own), (slice(self.teachers, len(self.states)), size - own)]
-
-    def rows_and_legs(
-        self, step: int, size: int, student_steps: int
-    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-        """Which walks, and which leg of each, (size,) both, one optimiser step sees: all of a kind come up as often.
-
-        Legs are numbered from 0 for the one that begins in noise; each is there as often, to within one.
-        """
-        generator = rng.generator(self.seed, "walks", student_steps, "leg", step)
-        leg = np.floor((generator.permutation(size) + generator.random()) * student_steps / size).astype(np.intp)
-        return self._rows(step, size, "distill", student_steps), leg
-
-    def legs(self, rows: npt.NDArray[np.intp], leg: npt.NDArray[np.intp], student_steps: int) -> dict[str, mx.array]:
-        """One leg of each of these walks, from one of a student's times to its next: rows and legs (size,).
+    def legs(self, step: int, size: int, student_steps: int) -> tuple[dict[str, mx.array], npt.NDArray[np.intp]]:
+        """One leg of each of `size` walks, from one of a student's times to its next: for one optimiser step.
 
         Returns:
-            "z" and "end", where each begins and ends, (size, H, W, C), and "labels" (size,) where there are classes.
+            "z" and "end", where each begins and ends, (size, H, W, C), and "labels" (size,) where there are classes;
+            and the number of each leg, (size,), from 0 for the one that begins in noise: each as often, to within one.
         """
-        every = (len(self.times) - 1) // student_steps
+        rows, every = self._rows(step, size, "distill", student_steps), (len(self.times) - 1) // student_steps
+        generator = rng.generator(self.seed, "walks", student_steps, "leg", step)
+        leg = np.floor((generator.permutation(size) + generator.random()) * student_steps / size).astype(np.intp)
         begins, ends = (mx.array(self.states[rows, place]) for place in (leg * every, (leg + 1) * every))
-        return {"z": begins, "end": ends, **self._labels(rows)}
+        return {"z": begins, "end": ends, **self._labels(rows)}, leg
 
     def pairs(self, step: int, size: int, student_steps: int) -> dict[str, mx.array]:
         """Walks from end to end, in an order of their own: "noise" and "end" (size, H, W, C), and "labels"."""
@@ -91,12 +76,13 @@ class Walks:
         }  # fmt: skip
 
     def _rows(self, step: int, size: int, purpose: str, student_steps: int) -> np.ndarray:
-        """Of each kind its share, each of its walks once before any comes again."""
-        found = []
-        for rows, count in self.kinds(size):
-            seed = rng.derive(self.seed, "walks", purpose, student_steps, *([rows.start] if rows.start else []))
-            found.append(rows.start + images_of_step(rows.stop - rows.start, count, seed, step))
-        return np.concatenate(found)
+        """Of the teacher's and of others their share, each of a kind once before any comes again."""
+        seed, count = rng.derive(self.seed, "walks", purpose, student_steps), len(self.states)
+        if self.share is None or self.teachers is None:
+            return images_of_step(count, size, seed, step)
+        own = round(self.share * size)
+        others = images_of_step(count - self.teachers, size - own, rng.derive(seed, "others"), step)
+        return np.concatenate([images_of_step(self.teachers, own, seed, step), self.teachers + others])
 
     def _labels(self, rows: np.ndarray) -> dict[str, mx.array]:
         return {} if self.labels is None else {"labels": mx.array(self.labels[rows])}

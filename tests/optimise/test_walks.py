@@ -30,12 +30,6 @@ TIMES = (1.0, 0.9, 0.85, 0.6, 0.0)
 SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
 
 
-def legs_of(walks: Walks, step: int, size: int, student_steps: int) -> tuple[dict[str, mx.array], np.ndarray]:
-    """What a step sees where all walks come up alike, and the number of each leg."""
-    rows, leg = walks.rows_and_legs(step, size, student_steps)
-    return walks.legs(rows, leg, student_steps), leg
-
-
 def bent(z: mx.array, t: mx.array) -> mx.array:
     """A denoiser that is no straight line in z or t."""
     return mx.tanh(2 * z) * (1 - 0.5 * t[:, None, None, None]) + 0.1 * mx.sin(5 * t[:, None, None, None])
@@ -102,7 +96,7 @@ def test_stops_that_no_walk_passes_are_refused(stops: tuple[float, ...]) -> None
 @pytest.mark.parametrize("steps", [4, 2, 1])
 def test_a_leg_goes_from_one_of_the_students_times_to_its_next(part: Split, tmp_path: Path, steps: int) -> None:
     walks = walk(part, tmp_path)
-    batch, leg = legs_of(walks, 3, 8, steps)
+    batch, leg = walks.legs(3, 8, steps)
     every = 4 // steps
     for z, end, number in zip(np.array(batch["z"]), np.array(batch["end"]), leg, strict=True):
         row = int(np.flatnonzero((walks.states[:, number * every] == z).all(axis=(1, 2, 3)))[0])
@@ -111,7 +105,7 @@ def test_a_leg_goes_from_one_of_the_students_times_to_its_next(part: Split, tmp_
 
 
 def test_the_target_of_a_leg_leads_to_its_end(part: Split, tmp_path: Path) -> None:
-    batch, leg = legs_of(walk(part, tmp_path), 0, 8, 4)
+    batch, leg = walk(part, tmp_path).legs(0, 8, 4)
     grid = np.array(TIMES, dtype=np.float32)
     z = batch["z"]
     here, there = (levels(mx.array(grid[at]), z, SCHEDULE) for at in (leg, leg + 1))
@@ -125,10 +119,8 @@ def test_a_stage_is_shown_times_targets_and_weights_as_in_closed_form(part: Spli
         teacher_steps=10, student_steps=(4, 2, 1), batch_size=8, times=TIMES, walks=10, loss="v"
     )  # fmt: skip
     walks = walk(part, tmp_path)
-    batch = Stage(config, stage, config.interval_of(stage), SCHEDULE, "v_prediction", 0, walks).batch_of_legs(
-        *walks.rows_and_legs(3, 8, config.student_steps[stage])
-    )
-    seen, leg = legs_of(walks, 3, 8, config.student_steps[stage])
+    batch = Stage(config, stage, config.interval_of(stage), SCHEDULE, "v_prediction", 0, walks).batch_of_legs(3)
+    seen, leg = walks.legs(3, 8, config.student_steps[stage])
     times = np.array(TIMES)[:: 2**stage]
     z, end = (np.array(seen[name], np.float64) for name in ("z", "end"))
     (alpha, sigma), (after, less) = (SCHEDULE.alpha_sigma(times[at]) for at in (leg, leg + 1))
@@ -143,13 +135,13 @@ def test_a_stage_is_shown_times_targets_and_weights_as_in_closed_form(part: Spli
 
 def test_a_walk_has_another_leg_at_another_step(part: Split, tmp_path: Path) -> None:
     walks = walk(part, tmp_path)
-    assert len({tuple(legs_of(walks, step, 8, 4)[1]) for step in range(5)}) == 5
+    assert len({tuple(walks.legs(step, 8, 4)[1]) for step in range(5)}) == 5
 
 
 def test_every_walk_comes_once_in_as_many_steps_as_go_through_all(part: Split, tmp_path: Path) -> None:
     walks = walk(part, tmp_path)
     for seen in (
-        [legs_of(walks, step, 5, 1)[0]["z"] for step in (0, 1)], [walks.pairs(step, 5, 1)["noise"] for step in (0, 1)]
+        [walks.legs(step, 5, 1)[0]["z"] for step in (0, 1)], [walks.pairs(step, 5, 1)["noise"] for step in (0, 1)]
     ):  # fmt: skip
         np.testing.assert_array_equal(
             np.sort(np.concatenate(seen).reshape(10, -1), axis=0), np.sort(walks.states[:, 0].reshape(10, -1), axis=0)
@@ -177,7 +169,7 @@ def test_each_walk_has_a_noise_of_its_own_and_the_label_that_the_teacher_was_tol
 
 def test_pairs_are_the_ends_of_a_walk_and_come_in_another_order_than_legs(part: Split, tmp_path: Path) -> None:
     walks = walk(part, tmp_path)
-    pairs, (legs, _) = walks.pairs(0, 10, 1), legs_of(walks, 0, 10, 1)
+    pairs, (legs, _) = walks.pairs(0, 10, 1), walks.legs(0, 10, 1)
     rows = [int(np.flatnonzero((walks.states[:, 0] == z).all(axis=(1, 2, 3)))[0]) for z in np.array(pairs["noise"])]
     assert sorted(rows) == list(range(10))
     np.testing.assert_array_equal(np.array(pairs["end"]), walks.states[rows, -1])
@@ -197,7 +189,7 @@ def test_where_there_are_no_classes_there_are_no_labels(part: Split, tmp_path: P
         denoising, TIMES, uniform(10), "ddim", 3, replace(part, num_classes=0), SCHEDULE, 0, tmp_path, SILENT
     )  # fmt: skip
     assert asked == [0]
-    assert set(legs_of(walks, 0, 8, 2)[0]) == {"z", "end"}  # more than there are walks
+    assert set(walks.legs(0, 8, 2)[0]) == {"z", "end"}  # more than there are walks
     assert set(walks.pairs(0, 8, 2)) == {"noise", "end"}
 
 
@@ -261,29 +253,42 @@ def test_a_walk_to_nowhere_is_named(part: Split, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def rows_of(walks: Walks, noise: np.ndarray) -> np.ndarray:
+    """Which walks begin in these noises."""
+    return np.array([int(np.flatnonzero((walks.states[:, 0] == z).all(axis=(1, 2, 3)))[0]) for z in noise])
+
+
 @pytest.mark.parametrize("purpose", ["legs", "pairs"])
 def test_of_what_a_step_sees_the_teachers_walks_have_their_share_each_once_an_epoch(
     part: Split, tmp_path: Path, purpose: str
 ) -> None:
-    """Legs do not depend on whose walk it is."""
     teachers, others = walk(part, tmp_path / "a", 9), walk(part, tmp_path / "b", 30, seed=1)
-    both, plain = teachers.and_those_of(others, 0.25), teachers.and_those_of(others)
-    assert both.kinds(12) == [(slice(0, 9), 3), (slice(9, 39), 9)]
-    assert plain.kinds(12) == [(slice(0, 39), 12)]
-    seen: list[np.ndarray] = []
-    legs: Counter[int] = Counter()
-    for step in range(30):
-        if purpose == "pairs":
-            noise = np.array(both.pairs(step, 12, 2)["noise"])
-            rows = np.array([int(np.flatnonzero((both.states[:, 0] == z).all(axis=(1, 2, 3)))[0]) for z in noise])
-        else:
-            rows, leg = both.rows_and_legs(step, 12, 2)
-            assert Counter(leg.tolist()) == {0: 6, 1: 6}
-            legs.update(leg[rows < 9].tolist())
-        assert np.sum(rows < 9) == 3
-        seen.append(rows)
-    rows = np.concatenate(seen)
+    both = teachers.and_those_of(others, 0.25)
+    seen = [both.legs(step, 12, 1)[0]["z"] if purpose == "legs" else both.pairs(step, 12, 1)["noise"]
+            for step in range(30)]  # fmt: skip
+    rows = np.stack([rows_of(both, np.array(noise)) for noise in seen])
+    np.testing.assert_array_equal(np.sum(rows < 9, axis=1), 3)
     assert Counter(rows[rows < 9].tolist()) == dict.fromkeys(range(9), 10)
     assert Counter(rows[rows >= 9].tolist()) == dict.fromkeys(range(9, 39), 9)
-    if purpose == "legs":
-        assert min(legs.values()) > 30
+
+
+def test_legs_do_not_depend_on_whose_walk_it_is(part: Split, tmp_path: Path) -> None:
+    both = walk(part, tmp_path / "a", 9).and_those_of(walk(part, tmp_path / "b", 30, seed=1), 0.25)
+    found: Counter[tuple[bool, int]] = Counter()
+    for step in range(100):
+        batch, leg = both.legs(step, 12, 2)
+        begins = np.array(batch["z"])
+        own = [
+            bool((both.states[:9, number] == z).all(axis=(1, 2, 3)).any())
+            for z, number in zip(begins, leg * 2, strict=True)
+        ]
+        assert Counter(leg.tolist()) == {0: 6, 1: 6}
+        found.update(zip(own, leg.tolist(), strict=True))
+    assert min(found[True, 0], found[True, 1]) > 120
+    assert min(found[False, 0], found[False, 1]) > 400
+
+
+def test_without_a_share_all_come_up_alike(part: Split, tmp_path: Path) -> None:
+    both = walk(part, tmp_path / "a", 9).and_those_of(walk(part, tmp_path / "b", 30, seed=1))
+    rows = rows_of(both, np.concatenate([both.pairs(step, 13, 1)["noise"] for step in range(3)]))
+    assert Counter(rows.tolist()) == dict.fromkeys(range(39), 1)
