@@ -27,6 +27,7 @@ from ado_tasks.models.unet_config import UNet2DConfig
 from ado_tasks.optimise.steps import Optimiser, TrainStep
 from ado_tasks.storage import write_json
 
+CHANNELS, CLASSES = 3, 18  # of drawn shapes
 OPTIMISERS: tuple[Optimiser, ...] = ("adam", "muon")
 LEARNING_RATE, CLIP = 1e-4, 1.0
 
@@ -35,8 +36,8 @@ def network(params: Mapping[str, Any]) -> UNet2D:
     """The U-Net of a params file, with random weights. Raises ConfigError where it names none with its data's size."""
     try:
         prepare, model = params["prepare"], params["train"]["model"]
-        sizes = {"sample_size": prepare["height"], "in_channels": 3, "out_channels": 3}
-        unet = UNet2D(UNet2DConfig.from_dict({**sizes, "num_class_embeds": 18, **model}))
+        sizes = {"sample_size": prepare["height"], "in_channels": CHANNELS, "out_channels": CHANNELS}
+        unet = UNet2D(UNet2DConfig.from_dict({**sizes, "num_class_embeds": CLASSES, **model}))
     except (KeyError, TypeError, ValidationError) as problem:
         raise ConfigError(
             f"params: {problem}; allowed: a file with prepare.height and train.model, such as params.shapes32.yaml"
@@ -47,11 +48,11 @@ def network(params: Mapping[str, Any]) -> UNet2D:
 
 def stage_step(unet: UNet2D, size: int, optimiser: Optimiser, shards: int) -> Callable[[], object]:
     """One optimiser step on a batch of noise, run to its end."""
-    config = unet.config
-    shape = (size, config.sample_size, config.sample_size, config.in_channels)
+    pixels, net = unet.config.sample_size, UNet2D(unet.config)
+    assert isinstance(pixels, int)  # `network` sets one
+    shape = (size, pixels, pixels, CHANNELS)
     batch = {name: mx.random.normal(shape, key=rng.key(0, "muon_step", name)) for name in ("z", "target")}
-    batch |= {"t": mx.full((size,), 500.0), "labels": mx.arange(size) % config.num_class_embeds}
-    net = UNet2D(config)
+    batch |= {"t": mx.full((size,), 500.0), "labels": mx.arange(size) % CLASSES}
 
     def loss(parameters: Any, part: Mapping[str, mx.array]) -> mx.array:
         net.update(parameters)
