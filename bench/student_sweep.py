@@ -182,9 +182,8 @@ def planned(workspace: Path, options: argparse.Namespace) -> list[Job]:
     jobs = [prepare, train, *([] if options.no_warm else warm_jobs(workspace, params, data)), others[0]]
     jobs += [family_job(workspace, name, own, data) for name, own in families.items()] + others[1:]
     chosen = Path("reports") / "student-selection.json"
-    command = bench(
-        "student_selection.py", "--family", *families, "--out", str(chosen), "--threads", str(options.threads)
-    )
+    counts = ("--n", str(options.selection_n), "--threads", str(options.threads))
+    command = bench("student_selection.py", "--family", *families, *counts, "--out", str(chosen))
     jobs.append(Job("selection", command, chosen, ("anchor", *families)))
     for group in options.report:
         jobs += report_jobs(workspace, group, data, drawn, options)

@@ -112,7 +112,9 @@ def test_families_differ_in_what_the_sweep_says_and_in_nothing_else(tmp_path: Pa
 
 def test_every_command_is_one_that_its_program_takes(tmp_path: Path) -> None:
     benches = {"student_selection.py": student_selection, "shapes_attributes.py": shapes_attributes}
-    for job in planned(tmp_path, {"a": {}}, "--report", "a").values():
+    counts = ("--selection-n", "41", "--attributes-n", "42", "--threads", "3")
+    seen = {}
+    for job in planned(tmp_path, {"a": {}}, "--report", "a", *counts).values():
         _, program, *words = job.command
         if program == "-m":
             name = words[1]
@@ -122,6 +124,8 @@ def test_every_command_is_one_that_its_program_takes(tmp_path: Path) -> None:
         else:
             options = benches[Path(program).name].parse_arguments(words)
             assert (options.workspace, options.out, options.family) == (Path("."), job.out, ["a"])
+            seen[job.name] = options.n, options.threads
+    assert seen == {"selection": (41, 3), "attributes-a": (42, 3)}
 
 
 @pytest.mark.parametrize(
