@@ -2,7 +2,7 @@
 
     python bench/muon_step.py params.shapes32.yaml --rounds 7 --out reports/bench-muon-step.json
 
-The network is that of the params file, with random weights, and the batch that of its `distill.progressive`: forward,
+The network is that of the params file, of drawn shapes, with random weights, and the batch is of noise: forward,
 backward, clip and the optimiser's step, as `distill` takes them. Figures are medians and quartiles of times and of the
 ratios within rounds, since the times of a shared machine mean little.
 """

@@ -261,6 +261,16 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
         ({"further_walks": 5, "walks": None, "teacher_steps": 8}, "with walks and two student_steps or more"),
         ({"teachers_share": 0.5}, "teachers_share: all walks are the teacher's; allowed: with further_walks"),
         ({"teachers_share": 1, "further_walks": 5}, "teachers_share"),
+        ({"teachers_share": 0.1, "further_walks": 5, "batch_size": 4}, "0.1 of a batch of 4 leaves one kind"),
+        ({"teachers_share": 0.9, "further_walks": 5, "batch_size": 4}, "0.9 of a batch of 4 leaves one kind"),
+        (
+            {
+                "teachers_share": 0.1,
+                "further_walks": 5,
+                "matching": {"steps": [0, 1], "hold_on_to": "walks", "batch_size": 3},
+            },
+            "0.1 of a batch of 3 leaves one kind",
+        ),
         ({"optimiser": "sgd"}, r"optimiser: .*adam.*muon"),
         ({"student_steps": [5, 2]}, "a student of 2 steps cannot replace 5"),
         ({"teacher_steps": 4}, "a student of 4 steps cannot replace 4 steps; allowed: a smaller number"),

@@ -106,6 +106,12 @@ class DistillConfig:
             )
         if self.teachers_share and not self.further_walks:
             raise ValueError("teachers_share: all walks are the teacher's; allowed: with further_walks")
+        for size in (self.batch_size, *([self.matching.batch_size] if ends and self.matching else [])):
+            if self.teachers_share and not 0 < round(self.teachers_share * size) < size:
+                raise ValueError(
+                    f"teachers_share: {self.teachers_share} of a batch of {size} leaves one kind of walks out; "
+                    "allowed: a share of which each kind has one walk or more"
+                )
         if self.walks is None:
             if ends:
                 raise ValueError(
