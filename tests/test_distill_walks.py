@@ -239,7 +239,7 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
         )
     ]  # fmt: skip
     assert [done["config"].get("walks") for done in said] == [20, None]
-    assert not {"walks", "further_walks", "optimiser", "teachers_share"} & set(said[1]["config"])
+    assert not {"walks", "further_walks", "optimiser", "teachers_share", "walk_evaluations"} & set(said[1]["config"])
     assert [done["config"]["matching"].get("hold_on_to") for done in said] == ["walks", None]
     found = distillation_passes({"history": said[:1]})
     assert found is not None and found.evaluations == 20 * 8 + 2 * 8 * 3
@@ -271,6 +271,10 @@ def test_the_record_says_so_and_a_record_without_walks_is_as_before(place: Path)
             },
             "0.1 of a batch of 3 leaves one kind",
         ),
+        ({"walk_evaluations": 5, "teacher_solver": "dpmpp_2m"}, "walk_evaluations: of the teacher's walks, DDIM's"),
+        ({"walk_evaluations": 5, "walks": None, "teacher_steps": 8}, "allowed: with walks and teacher_solver: ddim"),
+        ({"walk_evaluations": 11}, "walk_evaluations: 11; allowed: at most teacher_steps, 10"),
+        ({"walk_evaluations": 1}, "walk_evaluations"),
         ({"optimiser": "sgd"}, r"optimiser: .*adam.*muon"),
         ({"student_steps": [5, 2]}, "a student of 2 steps cannot replace 5"),
         ({"teacher_steps": 4}, "a student of 4 steps cannot replace 4 steps; allowed: a smaller number"),

@@ -126,7 +126,10 @@ class Walking:
         if self.config.walks is None:
             return None
         times, grid = tuple(self.config.interval_of(0).grid().tolist()), uniform_time(self.config.teacher_steps)
-        return self._walked(teacher, self.config.walks, times, grid, self.config.teacher_solver, self.seed, WALKS)
+        return self._walked(
+            teacher, self.config.walks, times, grid, self.config.teacher_solver, self.seed, WALKS,
+            self.config.walk_evaluations,
+        )  # fmt: skip
 
     def further(self, walks: Walks | None, number: int, student: UNet2D) -> Walks | None:
         """What later stages learn from after stage `number`: with the first student's own walks, where there are any.
@@ -147,7 +150,7 @@ class Walking:
 
     def _walked(
         self, unet: UNet2D, count: int, times: tuple[float, ...], grid: npt.NDArray[np.float64], solver: WalkSolver,
-        seed: int, name: str,
+        seed: int, name: str, evaluations: int | None = None,
     ) -> Walks:  # fmt: skip
         apply = sharded_apply(unet, self.config.shards)
 
@@ -155,7 +158,9 @@ class Walking:
             return make_denoiser(lambda z, timestep: apply(z, timestep, *labels), self.schedule, self.kind)
 
         kept = self.scratch.with_name(self.scratch.name + name)
-        return walked(denoising, times, grid, solver, count, self.part, self.schedule, seed, kept, self.report)
+        return walked(
+            denoising, times, grid, solver, count, self.part, self.schedule, seed, kept, self.report, evaluations
+        )
 
 
 def _other(start: Path, teacher: StoredModel, where: Path) -> StoredModel:
@@ -213,7 +218,8 @@ def _record(begins: StoredModel, config: DistillConfig, steps: int, seed: int, s
     if matched and config.adversarial_weight_of(stage):
         method += ", adversarial"
     unsaid = {"stop": "never", "targets_together": 1, "taught_by": "previous", "precision": "float32", "times": None,
-              "walks": None, "further_walks": None, "optimiser": "adam", "teachers_share": None}  # fmt: skip
+              "walks": None, "further_walks": None, "optimiser": "adam", "teachers_share": None,
+              "walk_evaluations": None}  # fmt: skip
     settings = as_recorded(config, **unsaid)
     if config.matching and config.matching.adversarial is None:
         del settings["matching"]["adversarial"]  # as records were before there was such a key

@@ -74,11 +74,13 @@ def progressive_passes(config: Mapping[str, Any], steps: int) -> Passes:
     teacher again where regression holds on to it, then a gradient of the student and one of the critic. With an
     adversarial term half of the critic, where its features are narrowest, is gone through three times more: back to the
     sample, and forth and back with real images. Where students learn from walks, these come first, of teacher_steps
-    evaluations each, and no step of a stage asks a teacher again; walks of the first student's own cost its steps.
+    evaluations each (or `walk_evaluations`), and no step of a stage asks a teacher again; walks of the first
+    student's own cost its steps.
     """
     students = list(config["student_steps"])
     matching, walks, before = config.get("matching"), config.get("walks"), config["teacher_steps"]
-    total = Passes(walks * config["teacher_steps"], 0) if walks else NOTHING
+    asked = config.get("walk_evaluations") or config["teacher_steps"]
+    total = Passes(walks * asked, 0) if walks else NOTHING
     for stage, n in enumerate(students[: students.index(steps) + 1]):
         images = _of_stage(config["stage_steps"], stage) * config["batch_size"]
         walk = (config["teacher_steps"] if config.get("taught_by") == "first" else before) // n

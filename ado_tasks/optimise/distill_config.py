@@ -44,6 +44,9 @@ class DistillConfig:
     # then learns from the states on these walks, all held in memory, and the first student's steps need not divide
     # those: see optimise/walks.py. None: from noised images, the teacher asked at each step
     walks: Annotated[int, Field(ge=1)] | None = None
+    # Network evaluations of each of these walks, fewer than teacher_steps: at the steps between the teacher's estimate
+    # goes on in a straight line, and the walk hardly changes for it. None: one a step
+    walk_evaluations: Annotated[int, Field(ge=2)] | None = None
     # Noises from which the first student walks too, once it is taught, in steps of its own: what later students learn
     # from beside the teacher's walks, which are dearer and so fewer. None: the teacher's alone
     further_walks: Annotated[int, Field(ge=1)] | None = None
@@ -93,6 +96,20 @@ class DistillConfig:
             raise ValueError(
                 f"times: {self.times}: {wanted} falling numbers are required (of {wanted - 1} steps, the first of "
                 f"student_steps), from 1 to 0 and {APART} or more apart"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _walks_are_asked(self) -> Self:
+        if self.walk_evaluations is None:
+            return self
+        if self.walks is None or self.teacher_solver != "ddim":
+            raise ValueError(
+                "walk_evaluations: of the teacher's walks, DDIM's alone; allowed: with walks and teacher_solver: ddim"
+            )
+        if self.walk_evaluations > self.teacher_steps:
+            raise ValueError(
+                f"walk_evaluations: {self.walk_evaluations}; allowed: at most teacher_steps, {self.teacher_steps}"
             )
         return self
 

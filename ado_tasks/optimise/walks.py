@@ -90,9 +90,11 @@ class Walks:
 
 def walked(
     denoising: Denoising, times: tuple[float, ...], grid: npt.NDArray[np.float64], solver: WalkSolver, count: int,
-    part: Split, schedule: NoiseSchedule, seed: int, scratch: Path, report: Reporter,
+    part: Split, schedule: NoiseSchedule, seed: int, scratch: Path, report: Reporter, evaluations: int | None = None,
 ) -> Walks:  # fmt: skip
     """Let a teacher walk from `count` noises in its solver's steps along `grid`, past `times`; both go from 1 to 0.
+
+    With fewer `evaluations` than steps it is not asked at each (see `states_on_the_way`).
 
     Labels are as frequent as in `part`. What has been walked is kept in `scratch`, from where a run that was
     interrupted goes on; what is damaged, or is not of these walks, is walked anew. All states are held in memory:
@@ -111,7 +113,7 @@ def walked(
         if states is None:
             noise = mx.random.normal((len(here), *part.shape), key=rng.key(seed, "walks", "noise", first))
             teacher = denoising([] if labels is None else [mx.array(labels[here])])
-            passed = [noise, *states_on_the_way(teacher, noise, grid, times[1:], schedule, solver)]
+            passed = [noise, *states_on_the_way(teacher, noise, grid, times[1:], schedule, solver, evaluations)]
             states = np.stack([np.array(state) for state in passed], axis=1)
             if not np.isfinite(states).all():
                 raise DivergenceError(f"walks of the teacher are not finite ({len(grid) - 1} steps of {solver})")

@@ -152,6 +152,17 @@ def test_further_walks_are_counted_for_the_students_that_learn_from_them(
     ]  # fmt: skip
 
 
+def test_walks_cost_what_the_teacher_is_asked(place: Path, teacher: Path, counted: dict[str, int]) -> None:
+    config = DistillConfig(
+        walks=600, walk_evaluations=4, teacher_steps=10, student_steps=(4,), stage_steps=2, batch_size=6
+    )
+    out = place / "asked"
+    distill(config, teacher=teacher, dataset=place / "data", out=out, scratch=place / "scratch", seed=0)
+    found = distillation_passes(history(out / "4"))
+    assert found == Passes(counted["forward"], counted["backward"])
+    assert found is not None and found.evaluations == 600 * 4 + 2 * 6 * 3
+
+
 def test_consistency_tuning_and_the_search_for_its_points(place: Path, teacher: Path, counted: dict[str, int]) -> None:
     config = ConsistencyConfig(
         steps=4, batch_size=7, warmup_steps=1, student_steps=(3, 1), search_samples=50, search_levels=4

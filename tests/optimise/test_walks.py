@@ -18,7 +18,7 @@ from ado_tasks.diffusion.solvers import ddim, ddim_step, dpmpp_2m
 from ado_tasks.errors import DivergenceError
 from ado_tasks.optimise import walks as module
 from ado_tasks.optimise.distill_config import DistillConfig
-from ado_tasks.optimise.progressive import WalkSolver, levels, states_on_the_way, target
+from ado_tasks.optimise.progressive import WalkSolver, levels, states_on_the_way, steps_asked, target
 from ado_tasks.optimise.students import Stage
 from ado_tasks.optimise.walks import Walks, walked
 from ado_tasks.prepare import PrepareConfig, prepare
@@ -85,6 +85,63 @@ def test_a_fine_walk_is_the_exact_solution_where_it_is_known() -> None:
     for time, state in zip(TIMES[1:], states, strict=True):
         exact = gaussian_solution(noise, 1.0, time, SCHEDULE, spread)
         np.testing.assert_allclose(np.array(state), np.array(exact), atol=0.01)
+
+
+def test_where_the_teacher_is_asked_thins_out_and_begins_at_the_beginning() -> None:
+    for steps in range(1, 60):
+        for evaluations in range(1, steps + 1):
+            found = steps_asked(steps, evaluations)
+            assert len(found) == len(set(found)) == evaluations
+            assert found == sorted(found)
+            assert found[0] == 0
+            assert found[-1] < steps
+    assert steps_asked(8, 8) == list(range(8))
+    gaps = np.diff(steps_asked(1000, 20))
+    assert (np.diff(gaps) >= -1).all()  # by rounding
+    assert gaps[-1] > 4 * gaps[0]
+    for wrong in (0, 9):
+        with pytest.raises(ValueError, match=r"must lie in 1\.\.8"):
+            steps_asked(8, wrong)
+
+
+@pytest.mark.parametrize("evaluations", [None, 10, 7, 4, 2])
+def test_where_it_is_not_asked_the_teachers_estimate_goes_on_in_a_line(evaluations: int | None) -> None:
+    asked = steps_asked(10, evaluations or 10)
+    grid, times, answers = uniform(10), [], []
+
+    def listening(z: mx.array, t: mx.array) -> mx.array:
+        times.append(float(t[0]))
+        answers.append(bent(z, t))
+        return answers[-1]
+
+    noise = mx.random.normal((3, 4, 4, 1), key=rng.key(0, "walk"))
+    states = states_on_the_way(listening, noise, grid, grid[1:].tolist(), SCHEDULE, "ddim", evaluations)
+    np.testing.assert_allclose(times, grid[asked], atol=1e-6)
+    z = noise
+    for k, state in enumerate(states):  # the same in numbers of steps: uniform times are one tenth apart
+        known = [index for index in asked if index <= k][-2:]
+        last = np.array(answers[asked.index(known[-1])])
+        before = np.array(answers[asked.index(known[0])])
+        slope = (last - before) / (known[1] - known[0]) if len(known) == 2 else 0
+        estimate = mx.array(last + slope * (k - known[-1]))
+        t, s = (mx.full((3,), float(grid[index])) for index in (k, k + 1))
+        z = ddim_step(estimate, z, *levels(t, z, SCHEDULE), *levels(s, z, SCHEDULE))
+        np.testing.assert_allclose(np.array(state), np.array(z), atol=2e-5)
+
+
+def test_asked_half_as_often_a_walk_stays_what_it_is_to_second_order() -> None:
+    noise, denoise = mx.random.normal((4, 4, 4, 1), key=rng.key(0, "walk")), gaussian_denoiser(SCHEDULE, 0.5)
+    forecast, fewer = [], []
+    for steps in (160, 320):
+        whole, half, short = (
+            states_on_the_way(denoise, noise, uniform(count), (0.0,), SCHEDULE, "ddim", evaluations)[0]
+            for count, evaluations in ((steps, None), (steps, steps // 2), (steps // 2, None))
+        )
+        forecast.append(float(mx.abs(half - whole).mean()))
+        fewer.append(float(mx.abs(short - whole).mean()))
+    assert 1.6 < fewer[0] / fewer[1] < 2.4  # half as many steps: first order
+    assert forecast[0] / forecast[1] > 3.2  # as many steps, half of them forecast: second
+    assert forecast[0] < fewer[0] / 2
 
 
 @pytest.mark.parametrize("stops", [(0.5, 0.6), (1.0, 0.0), (0.5, 0.5), (0.5, -0.1)])
