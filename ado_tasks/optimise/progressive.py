@@ -25,7 +25,7 @@ from ado_tasks.diffusion.solvers.ddim import ddim_step
 
 WalkSolver = Literal["ddim", "dpmpp_2m"]
 
-THINNING = 1.5  # p of `steps_asked`; tried on shapes 32x32
+THINNING = 2  # p of `steps_asked`: of 1.5, 1.75 and 2 the nearest, at 16 evaluations for 50 steps (shapes 32x32)
 
 
 @dataclass(frozen=True)

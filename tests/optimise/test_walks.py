@@ -141,7 +141,7 @@ def test_asked_half_as_often_a_walk_stays_what_it_is_to_second_order() -> None:
         fewer.append(float(mx.abs(short - whole).mean()))
     assert 1.6 < fewer[0] / fewer[1] < 2.4  # half as many steps: first order
     assert forecast[0] / forecast[1] > 3.2  # as many steps, half of them forecast: second
-    assert forecast[0] < fewer[0] / 2
+    assert forecast[1] < fewer[1] / 2
 
 
 @pytest.mark.parametrize("stops", [(0.5, 0.6), (1.0, 0.0), (0.5, 0.5), (0.5, -0.1)])
