@@ -1,0 +1,67 @@
+"""`bench/walk_evaluations.py`: walks asked less often beside the whole walk."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ado_tasks.datasets.shards import open_dataset
+from ado_tasks.diffusion.grids import uniform_time
+from ado_tasks.interop.diffusers_folder import read_model
+from ado_tasks.prepare import PrepareConfig, prepare
+from ado_tasks.sampling import Sampler, draw
+from ado_tasks.storage import read_json
+from ado_tasks.train import TrainConfig, train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import walk_evaluations
+
+MODEL = {
+    "block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",),
+    "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("walk evaluations")
+    data = folder / "data" / "shapes"
+    settings = {"count": 600, "height": 16, "width": 16, "train": 300, "selection": 150, "report": 150}
+    prepare(PrepareConfig(name="shapes", source="shapes", **settings), out=data, seed=0)
+    config = TrainConfig(model=MODEL, steps=2, batch_size=4, warmup_steps=1)
+    train(config, dataset=data, out=folder / "models" / "teacher", scratch=folder / "scratch", seed=0)
+    (folder / "params.yaml").write_text("dataset: shapes\nprepare: {name: shapes}\n")
+    return folder
+
+
+def test_a_row_for_fewer_questions_and_one_for_fewer_steps(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--steps", "8", "--evaluations", "6", "3", "--n", "5", "--batch", "2"]
+    assert walk_evaluations.main([str(place), *few]) == 0
+    found = read_json(place / "reports" / "walk-evaluations.json")
+    assert [(row["steps"], row["evaluations"]) for row in found["rows"]] == [(8, 6), (6, 6), (8, 3), (3, 3)]
+    for row in found["rows"]:
+        assert 0 < row["distance_ci"][0] <= row["distance"] <= row["distance_ci"][1]
+        assert 0 <= row["agreement_at_half_tolerance"] <= row["agreement"] <= 1
+    assert "3" in capsys.readouterr().out
+
+
+def test_asked_at_each_step_it_is_the_teachers_own_sample(place: Path) -> None:
+    start = draw(0, "here", 3, open_dataset(place / "data" / "shapes").split("selection"))
+    sampler = Sampler(read_model(place / "models" / "teacher"), 3, 1)
+    own = np.clip(sampler(start, "ddim", uniform_time(8)), -1, 1)
+    for evaluations in (None, 8):
+        found = walk_evaluations.ends(sampler, start, 8, evaluations, 2)
+        np.testing.assert_allclose(found, own, atol=2e-5)
+    assert np.abs(walk_evaluations.ends(sampler, start, 8, 3, 2) - own).max() > 1e-4
+
+
+@pytest.mark.parametrize("options", [["--evaluations", "50"], ["--evaluations", "1"], ["--n", "1"], ["--batch", "0"]])
+def test_what_it_cannot_do_is_said(place: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert walk_evaluations.main([str(place), *options]) == 2
+    assert "allowed" in capsys.readouterr().err
+
+
+def test_a_workspace_without_a_teacher_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert walk_evaluations.main([str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
