@@ -15,7 +15,7 @@ teacher (50 steps of DDIM, 50 of DPM-Solver++(2M)) and every student, all from t
 - cost: network evaluations of the family's distillation up to that student, over those of the teacher's training.
 
 Named at the end is the family with the largest sum of agreement (without drawn shapes: the least sum of upper ends of
-KID − teacher), over the numbers of evaluations that every family has a student of. JSON in `--out`.
+KID − teacher), over the numbers of evaluations that every family has a student of, or those of `--by`. JSON in `--out`.
 """
 
 import argparse
@@ -191,6 +191,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     lines = teacher_lines(teacher)
     for family in options.family:
         lines += student_lines(workspace.root / "models" / family, teacher)
+    _check_by(options.by, lines)
     for line in lines:
         line.variant.model.unet.config.check_data(
             part.shape, part.num_classes, f"{line.variant.name}: unet/config.json"
@@ -231,15 +232,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "agree_n": agree_n if drawn else None, "tolerance_pixels": asdict(tolerance) if drawn else None,
         "margin": yardstick.margin, "features_sha256": yardstick.extractor.sha256,
         "fine": {"solver": FINE_SOLVER, "grid": "uniform_log_snr", "steps": FINE_STEPS},
-        "n_real": len(yardstick.reference.report), "choice": choice(rows), "rows": rows,
+        "n_real": len(yardstick.reference.report), "choice": choice(rows, options.by), "rows": rows,
     }  # fmt: skip
 
 
-def choice(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The family that comes first, by what, and every family's sum: over the NFE that all have a student of."""
+def _check_by(by_nfe: Sequence[int], lines: Sequence[Line]) -> None:
+    """Raises ConfigError where a family has no student of a number of evaluations that families are chosen by."""
+    for family in dict.fromkeys(line.family for line in lines if line.family != "teacher"):
+        own = sorted({line.variant.nfe for line in lines if line.family == family}, reverse=True)
+        if not set(by_nfe) <= set(own):
+            allowed = " ".join(map(str, own))
+            raise ConfigError(f"--by: {' '.join(map(str, by_nfe))}: family {family} has none; allowed: {allowed}")
+
+
+def choice(rows: Sequence[Mapping[str, Any]], by_nfe: Sequence[int] = ()) -> dict[str, Any]:
+    """The family that comes first, by what, and every family's sum: over these NFE, or all that each has."""
     students = [row for row in rows if row["family"] != "teacher"]
     families = {name: [row for row in students if row["family"] == name] for name in (r["family"] for r in students)}
     shared = set.intersection(*({row["nfe"] for row in each} for each in families.values()))
+    shared &= set(by_nfe) or shared
     by_agreement = all("agreement" in row for row in students)
 
     def figure(row: Mapping[str, Any]) -> float:
@@ -284,6 +295,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--family", nargs="+", required=True, help="families of students, under models/")
+    parser.add_argument("--by", type=int, nargs="+", default=[], help="evaluations that families are chosen by (all)")
     parser.add_argument("--n", type=int, default=5000, help="samples of each row (default: %(default)s)")
     parser.add_argument("--agree-n", type=int, default=2000, help="of them read for place and size")
     parser.add_argument("--place", type=float, default=Tolerance.place, help="tolerance of the centre, pixels")

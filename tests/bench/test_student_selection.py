@@ -160,6 +160,8 @@ def test_families_are_compared_at_the_evaluations_that_all_have() -> None:
     assert "largest sum of agreement in place and size at NFE 2" in student_selection.verdict(found)
     found = student_selection.choice([*rows, row("b", 4, 1, 0.7)])
     assert (found["family"], found["nfe"]) == ("a", [4, 2])
+    found = student_selection.choice([*rows, row("b", 4, 1, 0.7)], [2])
+    assert (found["family"], found["nfe"]) == ("b", [2])
     found = student_selection.choice([row("a", 2, 0.3), row("b", 2, 0.2)])
     assert (found["family"], found["by"]) == ("b", "upper ends of KID − teacher")
     assert "least sum of upper ends" in student_selection.verdict(found)
@@ -193,6 +195,7 @@ def test_other_images_than_drawn_shapes_are_compared_by_kid(tmp_path: Path, caps
         (["--family", "copy", "--n", "44"], "--n: 44 is not allowed; allowed: 45 and more, half of the selection part"),
         (["--family", "copy", "--draws", "49"], "--draws: 49 is not allowed; allowed: 50 and more"),
         (["--family", "copy", "--radius", "0"], "--place, --radius"),
+        (["--family", "copy", "other", "--by", "50"], "--by: 50: family other has none; allowed: 2"),
     ],
 )
 def test_what_cannot_run_is_named(
