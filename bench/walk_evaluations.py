@@ -10,7 +10,8 @@ and of drawn shapes how often place and size are the same. JSON in reports/walk-
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,14 @@ DRAW = "walk-evaluations"  # name of the noise: no stage draws by it
 COLUMNS = {"shape", "size", "cx", "cy"}  # of index.parquet, where images are drawn shapes
 
 
-def ends(sampler: Sampler, start: Draw, steps: int, evaluations: int | None, batch: int) -> Images:
-    """Where walks of so many steps of DDIM end, asked so often: (n, H, W, C), clipped to [-1, 1]."""
+def ends(
+    sampler: Sampler, start: Draw, steps: int, evaluations: int | None, batch: int,
+    ready: Callable[[int], None] = lambda _: None,
+) -> Images:  # fmt: skip
+    """Where walks of so many steps of DDIM end, asked so often: (n, H, W, C), clipped to [-1, 1].
+
+    `ready` hears of each batch, in network evaluations of an image.
+    """
     found = []
     for first in range(0, len(start), batch):
         noise = mx.array(start.noise[first : first + batch])
@@ -46,25 +53,30 @@ def ends(sampler: Sampler, start: Draw, steps: int, evaluations: int | None, bat
             denoise, noise, uniform_time(steps), (0.0,), sampler.schedule, evaluations=evaluations
         )
         found.append(np.clip(np.array(end), -1, 1))
+        ready(len(noise) * (evaluations or steps))
     return np.concatenate(found)
 
 
-def compared(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def compared(options: argparse.Namespace, progress: Terminal) -> Iterator[dict[str, Any]]:
     """A row a way to walk."""
     workspace = Workspace(options.workspace)
     data, teacher = open_dataset(workspace.data), read_model(workspace.root / "models" / "teacher")
     start = draw(options.seed, DRAW, options.n, data.split("selection"))
-    sampler, progress = Sampler(teacher, options.batch, options.shards), Terminal("walk-evaluations")
-    total = options.steps + 2 * sum(options.evaluations)
-    whole = ends(sampler, start, options.steps, None, options.batch)
-    done = options.steps
-    progress.progress(done, total)
+    sampler = Sampler(teacher, options.batch, options.shards)
+    done, total = 0, len(start) * (options.steps + 2 * sum(options.evaluations))
+
+    def ready(more: int) -> None:
+        nonlocal done
+        done += more
+        progress.progress(done, total)
+
+    whole = ends(sampler, start, options.steps, None, options.batch, ready)
     read = read_shapes(whole, options.shards) if set(data.index.columns) >= COLUMNS else None
     tolerance = Tolerance()
     tighter = Tolerance(tolerance.place / 2, tolerance.radius / 2)
     for evaluations in options.evaluations:
         for steps, asked in ((options.steps, evaluations), (evaluations, None)):
-            images = ends(sampler, start, steps, asked, options.batch)
+            images = ends(sampler, start, steps, asked, options.batch, ready)
             distance = paired_distance(images, whole)
             interval = distance.interval()
             row = {"steps": steps, "evaluations": evaluations, "distance": distance.mean}
@@ -73,8 +85,6 @@ def compared(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 own = read_shapes(images, options.shards)
                 row["agreement"] = float(np.mean(agree(own, read, tolerance)))
                 row["agreement_at_half_tolerance"] = float(np.mean(agree(own, read, tighter)))
-            done += evaluations
-            progress.progress(done, total)
             yield row
 
 
@@ -110,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError("--n: at least 2 are allowed; --batch, --shards: at least 1")
         if not 2 <= min(options.evaluations) <= max(options.evaluations) < options.steps:
             raise ConfigError(f"--evaluations: {options.evaluations}; allowed: from 2 to under --steps {options.steps}")
-        rows = list(compared(options))
+        with closing(Terminal("walk-evaluations")) as progress:
+            rows = list(compared(options, progress))
     except AdoError as problem:
         print(f"walk-evaluations: {type(problem).__name__}: {problem}", file=sys.stderr)
         return 2
