@@ -14,7 +14,7 @@ from ado_tasks.optimise.distill_config import DistillConfig
 
 Section = DistillConfig | ConsistencyConfig
 STEPS = (2, 1)  # of the students that are compared
-WALKS = {"walks", "further_walks", "teachers_share", "hold_on_to"}  # keys that say something of them
+WALKS = {"walks", "walk_evaluations", "further_walks", "teachers_share", "hold_on_to"}  # keys about them
 FURTHER = 4  # as many walks of the first student as its teacher's, where the workspace has none
 CONSISTENCY = {  # where the workspace's params.yaml has none: that of params.consistency.yaml
     "method": "consistency", "steps": 1200, "batch_size": 64, "learning_rate": 3.0e-3, "ema_decay": 0.99,

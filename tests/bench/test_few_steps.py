@@ -78,7 +78,8 @@ def test_a_workspace_with_muon_and_further_walks_is_compared_with_itself_without
 
 
 def test_without_walks_the_teachers_steps_are_some_that_students_divide():
-    kept = {"walks": 9, "further_walks": 9, "hold_on_to": "walks", "teacher_steps": 50, "student_steps": [8, 4]}
+    own = {"walks": 9, "walk_evaluations": 20, "further_walks": 9, "teachers_share": 0.5, "hold_on_to": "walks"}
+    kept = {**own, "teacher_steps": 50, "student_steps": [8, 4]}
     assert ways.without_walks(kept) == {"teacher_steps": 48, "student_steps": [8, 4]}
     assert ways.without_walks({**kept, "teacher_steps": 10})["teacher_steps"] == 16  # 8 would be the student's own
 
