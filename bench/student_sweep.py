@@ -36,7 +36,9 @@ from ado_tasks.storage import read_json, write_json
 ROOT = Path(__file__).resolve().parents[1]
 OWN = Path(".ado") / "sweep"  # of a workspace: logs, params files, and what was done
 WARM = {"steps": 4, "warmup_steps": 1}  # of a training that only compiles
-WARM_STUDENTS = {"walks": 512, "further_walks": 512, "teacher_steps": 8, "stage_steps": 3}  # the same of students
+WARM_STUDENTS = {  # the same of students
+    "walks": 512, "further_walks": 512, "teacher_steps": 8, "walk_evaluations": 4, "stage_steps": 3,
+}  # fmt: skip
 WAIT = 0.2  # seconds between looks at what runs
 
 
@@ -124,7 +126,8 @@ def base_jobs(workspace: Path, params: Mapping[str, Any], data: str) -> list[Job
 
 def warm_jobs(workspace: Path, params: Mapping[str, Any], data: str) -> list[Job]:
     """What compiles the kernels of training and distillation while the teacher is trained."""
-    students = {name: value for name, value in WARM_STUDENTS.items() if name in params["distill"]["progressive"]}
+    own = params["distill"]["progressive"]
+    students = {name: value for name, value in WARM_STUDENTS.items() if own.get(name) is not None}
     warm = written(workspace, "warm", changed(params, students, train={**params["train"], **WARM}))
     where, on = OWN / "warm", ("--dataset", f"data/{data}")
     teacher, after = str(where / "teacher"), ("prepare",)

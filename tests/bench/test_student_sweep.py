@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from ado_tasks.__main__ import task_parser
-from ado_tasks.config import read_params
+from ado_tasks.config import parse, read_params
 from ado_tasks.errors import ConfigError
+from ado_tasks.optimise.distill_config import DistillConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import shapes_attributes
@@ -108,6 +109,26 @@ def test_families_differ_in_what_the_sweep_says_and_in_nothing_else(tmp_path: Pa
     assert {"evaluate-a-b", "attributes-a-b", "evaluate-b", "attributes-b"} <= set(jobs)
     for job in jobs.values():
         assert set(job.needs) <= set(jobs), job.name
+
+
+@pytest.mark.parametrize(
+    ("preset", "walks"),
+    [
+        ("params.yaml", {}),  # another solver walks there
+        ("params.shapes32.yaml", {}),
+        ("params.shapes32.yaml", {"further_walks": 99}),
+        ("params.shapes32.yaml", {"walk_evaluations": None, "teacher_solver": "dpmpp_2m"}),
+    ],
+)
+def test_what_only_compiles_has_settings_that_are_possible(tmp_path: Path, preset: str, walks: dict[str, Any]) -> None:
+    params = student_sweep.changed(read_params(ROOT / preset), walks)
+    *_, warm = student_sweep.warm_jobs(tmp_path, params, "any")
+    assert warm.params
+    section = read_params(warm.params)["distill"]["progressive"]
+    found = parse(DistillConfig, section, "warm")
+    assert (found.walks, found.teacher_steps, found.stage_steps) == (512, 8, 3)
+    fewer = params["distill"]["progressive"].get("walk_evaluations") is not None
+    assert (found.walk_evaluations or 8) < 8 if fewer else found.walk_evaluations is None
 
 
 def test_every_command_is_one_that_its_program_takes(tmp_path: Path) -> None:
