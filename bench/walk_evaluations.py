@@ -30,7 +30,7 @@ from ado_tasks.optimise.progressive import states_on_the_way
 from ado_tasks.registry.workspace import Workspace
 from ado_tasks.report import Terminal
 from ado_tasks.sampling import Draw, Images, Sampler, draw
-from ado_tasks.storage import write_json
+from ado_tasks.storage import named_storage_errors, write_json
 
 DRAW = "walk-evaluations"  # name of the noise: no stage draws by it
 COLUMNS = {"shape", "size", "cx", "cy"}  # of index.parquet, where images are drawn shapes
@@ -60,7 +60,9 @@ def ends(
 def compared(options: argparse.Namespace, progress: Terminal) -> Iterator[dict[str, Any]]:
     """A row a way to walk."""
     workspace = Workspace(options.workspace)
-    data, teacher = open_dataset(workspace.data), read_model(workspace.root / "models" / "teacher")
+    folder = workspace.root / "models" / "teacher"
+    data, teacher = open_dataset(workspace.data), read_model(folder)
+    teacher.unet.config.check_data(data.shape, data.num_classes, f"{folder}/unet/config.json")
     start = draw(options.seed, DRAW, options.n, data.split("selection"))
     sampler = Sampler(teacher, options.batch, options.shards)
     done, total = 0, len(start) * (options.steps + 2 * sum(options.evaluations))
@@ -115,20 +117,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="report (default: reports/walk-evaluations.json in WORKSPACE)")
     options = parser.parse_args(arguments)
+    out: Path = options.out or Workspace(options.workspace).reports / "walk-evaluations.json"
     try:
         if min(options.n - 1, options.batch, options.shards) < 1:
             raise ConfigError("--n: at least 2 are allowed; --batch, --shards: at least 1")
         if not 2 <= min(options.evaluations) <= max(options.evaluations) < options.steps:
             raise ConfigError(f"--evaluations: {options.evaluations}; allowed: from 2 to under --steps {options.steps}")
+        if options.out:
+            with named_storage_errors(out):  # before the work, not after it
+                out.parent.mkdir(parents=True, exist_ok=True)
         with closing(Terminal("walk-evaluations")) as progress:
             rows = list(compared(options, progress))
+        settings = {name: getattr(options, name) for name in ("steps", "n", "seed", "batch", "shards")}
+        write_json(out, {"draw": DRAW, "part": "selection", **settings, "rows": rows})
     except AdoError as problem:
         print(f"walk-evaluations: {type(problem).__name__}: {problem}", file=sys.stderr)
         return 2
-    out = options.out or Workspace(options.workspace).reports / "walk-evaluations.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in ("steps", "n", "seed", "batch", "shards")}
-    write_json(out, {"draw": DRAW, "part": "selection", **settings, "rows": rows})
     Console().print(table(rows, options))
     print(f"report: {out}")
     return 0

@@ -65,3 +65,34 @@ def test_what_it_cannot_do_is_said(place: Path, options: list[str], capsys: pyte
 def test_a_workspace_without_a_teacher_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert walk_evaluations.main([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_an_out_that_cannot_be_written_is_named_before_the_work(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk_evaluations, "compared", None)
+    (tmp_path / "file").write_text("")
+    assert walk_evaluations.main([str(place), "--out", str(tmp_path / "file" / "report.json")]) == 2
+    assert f"StorageError: {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_figures_that_are_no_numbers_and_a_folder_in_the_reports_place_are_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+    monkeypatch.setattr(walk_evaluations.Terminal, "close", lambda _: closed.append(True))
+    for figure, named in ((float("nan"), "not finite"), (1.0, "Is a directory")):
+        row = {"steps": 5, "evaluations": 3, "distance": figure, "distance_ci": [1, 1]}
+        monkeypatch.setattr(walk_evaluations, "compared", lambda *_, row=row: iter([row]))
+        assert walk_evaluations.main([str(place), "--out", str(tmp_path)]) == 2
+        assert named in capsys.readouterr().err
+    assert closed == [True, True]  # no bar is left on a terminal
+
+
+def test_a_teacher_of_other_images_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels that its table has no row for would be read beside it."""
+    (tmp_path / "params.yaml").write_text("dataset: digits\n")
+    prepare(PrepareConfig(name="digits", source="digits"), out=tmp_path / "data" / "digits", seed=0)
+    (tmp_path / "models").symlink_to(place / "models")
+    assert walk_evaluations.main([str(tmp_path), "--n", "2"]) == 2
+    assert "models/teacher/unet/config.json" in capsys.readouterr().err
