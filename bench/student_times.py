@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,16 @@ def learned_times(schedules: Path, steps: int, of: Sequence[int] = ()) -> dict[s
     return found
 
 
+def settings_of(given: Mapping[str, Any], times: Sequence[float] | None, options: argparse.Namespace) -> DistillConfig:
+    """The workspace's section as these options have it. Raises ConfigError where they do not go with its other keys."""
+    asked = {
+        "student_steps": options.students, "stage_steps": options.stage_steps, "times": times,
+        "learning_rate": options.learning_rate, "teacher_steps": options.teacher_steps, "matching": None,
+        "stop": "never",
+    }  # fmt: skip
+    return parse(DistillConfig, {**given, **asked}, "distill.progressive, with this bench's options")
+
+
 def taught(workspace: Workspace, settings: DistillConfig, seed: int, name: str) -> Path:
     """The folder of students with these settings; made where it is not there."""
     teacher = workspace.root / "models" / "teacher"
@@ -101,13 +111,10 @@ def compared(workspace: Workspace, options: argparse.Namespace) -> Iterator[dict
         UNIFORM: None,
         **learned_times(workspace.root / "schedules" / "teacher", options.students[0], options.learned),
     }
-    given = parse(DistillConfig, section(workspace.params, "distill.progressive"), "distill.progressive")
+    given = section(workspace.params, "distill.progressive")
     for name, times in ways.items():
+        settings = settings_of(given, times, options)
         for seed in options.seeds:
-            settings = replace(
-                given, student_steps=tuple(options.students), stage_steps=options.stage_steps, times=times,
-                learning_rate=options.learning_rate, teacher_steps=options.teacher_steps, matching=None, stop="never",
-            )  # fmt: skip
             for variant in student_variants(taught(workspace, settings, seed, name)):
                 if seed == options.seeds[0]:
                     yield row(f"{name}, not distilled", None, replace(variant, model=teacher))
