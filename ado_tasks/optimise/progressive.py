@@ -91,8 +91,10 @@ def states_on_the_way(
 
     Raises:
         ValueError: stops do not fall, one does not lie below times[0] and at or above times[-1], or evaluations are not
-            in 1..K.
+            in 1..K, or of another solver than DDIM, which extrapolates itself.
     """
+    if evaluations is not None and solver != "ddim":
+        raise ValueError(f"evaluations: a walk of {solver} is asked at each of its steps; allowed: None, or with ddim")
     if not all(above > below for above, below in pairwise((times[0], *stops))) or stops[-1] < times[-1]:
         raise ValueError(f"stops must fall from below {times[0]:.6g} to {times[-1]:.6g} at least, got {list(stops)}")
     rows = mx.broadcast_to(mx.array(times.astype(np.float32)), (len(z_t), len(times)))
@@ -140,7 +142,7 @@ def steps_asked(steps: int, evaluations: int) -> list[int]:
         raise ValueError(f"evaluations of a walk of {steps} steps must lie in 1..{steps}, got {evaluations}")
     found: list[int] = []
     for i in range(evaluations):
-        found.append(max(found[-1] + 1 if found else 0, int(steps * (i / evaluations) ** THINNING)))
+        found.append(max(found[-1] + 1 if found else 0, steps * i**THINNING // evaluations**THINNING))
     return found
 
 

@@ -96,6 +96,8 @@ def test_where_the_teacher_is_asked_thins_out_and_begins_at_the_beginning() -> N
             assert found[0] == 0
             assert found[-1] < steps
     assert steps_asked(8, 8) == list(range(8))
+    assert steps_asked(50, 16) == [0, 1, 2, 3, 4, 5, 7, 9, 12, 15, 19, 23, 28, 33, 38, 43]
+    assert steps_asked(49, 7) == [0, 1, 4, 9, 16, 25, 36]  # whole numbers, which (i/n)² in floats falls short of
     gaps = np.diff(steps_asked(1000, 20))
     assert (np.diff(gaps) >= -1).all()  # by rounding
     assert gaps[-1] > 4 * gaps[0]
@@ -142,6 +144,12 @@ def test_asked_half_as_often_a_walk_stays_what_it_is_to_second_order() -> None:
     assert 1.6 < fewer[0] / fewer[1] < 2.4  # half as many steps: first order
     assert forecast[0] / forecast[1] > 3.2  # as many steps, half of them forecast: second
     assert forecast[1] < fewer[1] / 2
+
+
+def test_a_solver_that_extrapolates_itself_is_asked_at_each_step() -> None:
+    noise = mx.zeros((1, 4, 4, 1))
+    with pytest.raises(ValueError, match="a walk of dpmpp_2m is asked at each of its steps"):
+        states_on_the_way(bent, noise, uniform(8), (0.0,), SCHEDULE, "dpmpp_2m", 4)
 
 
 @pytest.mark.parametrize("stops", [(0.5, 0.6), (1.0, 0.0), (0.5, 0.5), (0.5, -0.1)])
