@@ -206,6 +206,33 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(place: Path, at: int) -> 
     assert list((place / "scratch").rglob("*.safetensors")) == []
 
 
+def test_what_is_kept_of_walks_is_for_the_same_evaluations_only(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped among its walks and goes on is as one at once; with another number it begins anew."""
+    found: list[Walks] = []
+
+    def watched(*arguments: Any) -> Walks:
+        found.append(walked(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(progressive, "walked", watched)
+    config = DistillConfig(
+        teacher_steps=6, student_steps=(2,), stage_steps=1, batch_size=4, walks=600, walk_evaluations=3
+    )
+    others = [replace(config, walk_evaluations=evaluations) for evaluations in (4, 6, None)]
+    taught(place, "asked-at-once", config)
+    for name, each in enumerate([*others, config]):
+        with pytest.raises(KeyboardInterrupt):
+            taught(place, f"asked-{name}", config, report=stop_at(1))  # one of two files is kept
+        taught(place, f"asked-{name}", each)
+    at_once, four, six, whole, resumed = (walks.states for walks in found)
+    np.testing.assert_array_equal(resumed, at_once)
+    np.testing.assert_array_equal(six, whole)
+    np.testing.assert_array_equal(at_once[:, 0], whole[:, 0])
+    for one, other in ((at_once, four), (at_once, whole), (four, whole)):
+        ends = np.abs(one[:, -1] - other[:, -1]).max(axis=(1, 2, 3))
+        assert (ends > 1e-4).all()
+
+
 def test_matching_samples_from_the_walks_noise_and_holds_on_to_their_ends(place: Path) -> None:
     """With regression alone to speak of, more of it brings students nearer to the walks' ends."""
     common: dict[str, Any] = {
