@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ado_tasks.datasets.shape_attributes import Tolerance, agree, read_shapes
 from ado_tasks.datasets.shards import open_dataset
 from ado_tasks.diffusion.grids import uniform_time
 from ado_tasks.interop.diffusers_folder import read_model
@@ -54,6 +55,24 @@ def test_asked_at_each_step_it_is_the_teachers_own_sample(place: Path) -> None:
         found = walk_evaluations.ends(sampler, start, 8, evaluations, 2)
         np.testing.assert_allclose(found, own, atol=2e-5)
     assert np.abs(walk_evaluations.ends(sampler, start, 8, 3, 2) - own).max() > 1e-4
+
+
+def test_figures_are_of_a_draw_of_their_own_with_labels_of_the_selection_part(place: Path, tmp_path: Path) -> None:
+    data, report = open_dataset(place / "data" / "shapes"), tmp_path / "report.json"
+    start = draw(3, "walk-evaluations", 20, data.split("selection"))
+    other = draw(3, "walk-evaluations", 20, data.split("report"))
+    assert not np.array_equal(np.array(start.labels), np.array(other.labels))
+    sampler = Sampler(read_model(place / "models" / "teacher"), 20, 1)
+    few, whole = (np.clip(sampler(start, "ddim", uniform_time(steps)), -1, 1) for steps in (2, 12))
+    options = ["--steps", "12", "--evaluations", "2", "--n", "20", "--seed", "3", "--shards", "1", "--out", str(report)]
+    assert walk_evaluations.main([str(place), *options]) == 0
+    row = read_json(report)["rows"][1]
+    assert row["distance"] == pytest.approx(np.mean((few - whole) ** 2), rel=1e-3)
+    one, other = read_shapes(few, 1), read_shapes(whole, 1)
+    for name, times in (("agreement", 1.0), ("agreement_at_half_tolerance", 0.5)):
+        tolerance = Tolerance(times * Tolerance.place, times * Tolerance.radius)
+        assert row[name] == pytest.approx(np.mean(agree(one, other, tolerance)), abs=0.06)  # one of 20 by rounding
+    assert row["agreement_at_half_tolerance"] < 1
 
 
 @pytest.mark.parametrize("options", [["--evaluations", "50"], ["--evaluations", "1"], ["--n", "1"], ["--batch", "0"]])
