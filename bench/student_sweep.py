@@ -186,7 +186,8 @@ def planned(workspace: Path, options: argparse.Namespace) -> list[Job]:
     jobs += [family_job(workspace, name, own, data) for name, own in families.items()] + others[1:]
     chosen = Path("reports") / "student-selection.json"
     counts = ("--n", str(options.selection_n), "--threads", str(options.threads))
-    command = bench("student_selection.py", "--family", *families, *counts, "--out", str(chosen))
+    by = ("--by", *map(str, options.by)) if options.by else ()
+    command = bench("student_selection.py", "--family", *families, *by, *counts, "--out", str(chosen))
     jobs.append(Job("selection", command, chosen, ("anchor", *families)))
     for group in options.report:
         jobs += report_jobs(workspace, group, data, drawn, options)
@@ -280,6 +281,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cards", nargs="+", default=["0"], help="GPUs' numbers (default: 0)")
     parser.add_argument("--report", nargs="+", action="append", default=[], metavar="NAME",
                         help="families to be read on the report part together; may be given again")  # fmt: skip
+    parser.add_argument("--by", type=int, nargs="+", default=[], help="evaluations that families are chosen by (all)")
     parser.add_argument("--selection-n", type=int, default=5000, help="pictures a student on the selection part")
     parser.add_argument("--attributes-n", type=int, default=5000, help="pictures whose place and size are read there")
     parser.add_argument("--threads", type=int, default=2, help="that read place and size")

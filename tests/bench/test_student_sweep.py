@@ -133,7 +133,7 @@ def test_what_only_compiles_has_settings_that_are_possible(tmp_path: Path, prese
 
 def test_every_command_is_one_that_its_program_takes(tmp_path: Path) -> None:
     benches = {"student_selection.py": student_selection, "shapes_attributes.py": shapes_attributes}
-    counts = ("--selection-n", "41", "--attributes-n", "42", "--threads", "3")
+    counts = ("--selection-n", "41", "--attributes-n", "42", "--threads", "3", "--by", "4", "2")
     seen = {}
     for job in planned(tmp_path, {"a": {}}, "--report", "a", *counts).values():
         _, program, *words = job.command
@@ -146,6 +146,7 @@ def test_every_command_is_one_that_its_program_takes(tmp_path: Path) -> None:
             options = benches[Path(program).name].parse_arguments(words)
             assert (options.workspace, options.out, options.family) == (Path("."), job.out, ["a"])
             seen[job.name] = options.n, options.threads
+            assert getattr(options, "by", [4, 2]) == [4, 2]
     assert seen == {"selection": (41, 3), "attributes-a": (42, 3)}
 
 
