@@ -216,7 +216,7 @@ def _spent(compute: Mapping[str, Any] | None) -> list[str]:
     if known:
         said = ", ".join(f"{family} {count / training:.2f}×" for family, count in known.items())
         lines.append(
-            f"distillation: {said} the teacher's training, all stages together (asked on digits: "
+            f"distillation: {said} the teacher's training, all stages together (bar on digits: "
             f"{DISTILLATION_RATIO:g}×); it is {training:,} network evaluations, a backward pass as two forward passes."
         )
     return lines
@@ -231,7 +231,7 @@ def _spent_on_schedules(what: str, cost: Mapping[str, int] | None, training: int
     return [
         f"{what}: at most {100 * spent[most] / training:.1f} % of the teacher's training for a schedule "
         f"({most}), and {100 * reference / training:.1f} % once for the fine trajectories "
-        f"(asked on digits: {100 * CALIBRATION_SHARE:.0f} %)."
+        f"(bar on digits: {100 * CALIBRATION_SHARE:.0f} %)."
     ]
 
 

@@ -283,7 +283,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="families to be read on the report part together; may be given again")  # fmt: skip
     parser.add_argument("--by", type=int, nargs="+", default=[], help="evaluations that families are chosen by (all)")
     parser.add_argument("--selection-n", type=int, default=5000, help="pictures a student on the selection part")
-    parser.add_argument("--attributes-n", type=int, default=5000, help="pictures whose place and size are read there")
+    parser.add_argument(
+        "--attributes-n", type=int, default=5000, help="pictures whose place and size are read on the report part"
+    )
     parser.add_argument("--threads", type=int, default=2, help="that read place and size")
     parser.add_argument("--no-warm", action="store_true", help="compile nothing beforehand")
     return parser.parse_args(arguments)

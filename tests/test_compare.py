@@ -92,8 +92,8 @@ def test_what_was_spent_is_said_beside_what_was_asked() -> None:
     }  # fmt: skip
     said = "\n".join(compare.closing_lines({**quality(), "compute": compute}, {}, Path("r")))
     assert "calibration: at most 8.0 % of the teacher's training for a schedule (ipndm-8), and 2.2 % once" in said
-    assert "(asked on digits: 10 %)" in said
-    assert "distillation: progressive 0.90× the teacher's training, all stages together (asked on digits: 3×)" in said
+    assert "(bar on digits: 10 %)" in said
+    assert "distillation: progressive 0.90× the teacher's training, all stages together (bar on digits: 3×)" in said
     assert "500,000 network evaluations" in said
     for unknown in (None, compute | {"training": None}):  # a report of before, a teacher from elsewhere
         said = "\n".join(compare.closing_lines({**quality(), "compute": unknown}, {}, Path("r")))

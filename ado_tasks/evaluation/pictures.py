@@ -34,6 +34,7 @@ def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float
     families = _families(entries)
     colours = colours_of(families)
     for family, rows in families.items():
+        other = {} if family in COLOURS else {"linestyle": "--", "markerfacecolor": "none"}  # seen where it covers one
         values = [row["kid_minus_teacher"] for row in rows]
         middle = [value["value"] for value in values]
         errors = [
@@ -42,11 +43,11 @@ def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float
         ]
         axes.errorbar(
             [row["nfe"] for row in rows], middle, yerr=errors, marker=MARKERS.get(family, "o"), markersize=5, capsize=3,
-            linewidth=1.2, color=colours[family], label=LABELS.get(family, family),
+            linewidth=1.2, color=colours[family], label=LABELS.get(family, family), **other,
         )  # fmt: skip
     axes.axhspan(-margin, margin, color="#3a9d5d", alpha=0.15, linewidth=0, label="margin of non-inferiority")
     axes.set_yscale("symlog", linthresh=max(margin, 1e-6) * 2)
-    axes.set_ylabel("KID − KID(teacher, 50 steps)\n(own features, report part)")
+    axes.set_ylabel("KID − KID(teacher, 50 steps)\n(own features, report part; linear near 0)")
     _cost_axis(axes)
     save_figure(path, figure)
 
@@ -104,7 +105,7 @@ def save_stages(path: Path, entries: Sequence[Mapping[str, Any]], margin: float,
         axes.axvline(whole / stop.steps, color=COLOURS.get(family), linestyle=":", linewidth=1)
     axes.set_title("\n".join(wrap(f"{family} {stop.reason}", 90)), fontsize=8)
     axes.set_yscale("symlog", linthresh=max(margin, 1e-6) * 2)
-    axes.set_ylabel("KID − KID(teacher, 50 steps)\n(own features, report part)")
+    axes.set_ylabel("KID − KID(teacher, 50 steps)\n(own features, report part; linear near 0)")
     axes.set_xscale("log", base=2)
     ticks = [2**power for power in range(int(whole).bit_length())]
     axes.set_xticks(ticks, [f"{tick}×" for tick in ticks])

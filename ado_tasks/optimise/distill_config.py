@@ -44,8 +44,8 @@ class DistillConfig:
     # then learns from the states on these walks, all held in memory, and the first student's steps need not divide
     # those: see optimise/walks.py. None: from noised images, the teacher asked at each step
     walks: Annotated[int, Field(ge=1)] | None = None
-    # Network evaluations of each of these walks, fewer than teacher_steps: at the steps between the teacher's estimate
-    # goes on in a straight line, and the walk hardly changes for it. None: one a step
+    # Network evaluations of each of these walks, at most teacher_steps, of DDIM: at the steps between the teacher's
+    # estimate goes on in a straight line. How far walks stray for it bench/walk_evaluations.py says. None: one a step
     walk_evaluations: Annotated[int, Field(ge=2)] | None = None
     # Noises from which the first student walks too, once it is taught, in steps of its own: what later students learn
     # from beside the teacher's walks, which are dearer and so fewer. None: the teacher's alone
@@ -105,7 +105,8 @@ class DistillConfig:
             return self
         if self.walks is None or self.teacher_solver != "ddim":
             raise ValueError(
-                "walk_evaluations: of the teacher's walks, DDIM's alone; allowed: with walks and teacher_solver: ddim"
+                "walk_evaluations: of the teacher's walks, DDIM's alone; allowed: with walks and teacher_solver: ddim "
+                f"(here {self.teacher_solver}{'' if self.walks else ', and no walks'})"
             )
         if self.walk_evaluations > self.teacher_steps:
             raise ValueError(
