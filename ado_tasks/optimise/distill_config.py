@@ -45,7 +45,7 @@ class DistillConfig:
     # those: see optimise/walks.py. None: from noised images, the teacher asked at each step
     walks: Annotated[int, Field(ge=1)] | None = None
     # Network evaluations of each of these walks, at most teacher_steps, of DDIM: at the steps between the teacher's
-    # estimate goes on in a straight line. How far walks stray for it bench/walk_evaluations.py says. None: one a step
+    # estimate goes on in a straight line. How far walks stray for it: measure it, docs/science.md. None: one a step
     walk_evaluations: Annotated[int, Field(ge=2)] | None = None
     # Noises from which the first student walks too, once it is taught, in steps of its own: what later students learn
     # from beside the teacher's walks, which are dearer and so fewer. None: the teacher's alone
