@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import shapes_attributes
 import student_selection
 import student_sweep
+import student_sweep_jobs
 from student_sweep import ROOT, Job, Sweep
 
 PARAMS = ROOT / "params.shapes32.yaml"
@@ -121,8 +122,8 @@ def test_families_differ_in_what_the_sweep_says_and_in_nothing_else(tmp_path: Pa
     ],
 )
 def test_what_only_compiles_has_settings_that_are_possible(tmp_path: Path, preset: str, walks: dict[str, Any]) -> None:
-    params = student_sweep.changed(read_params(ROOT / preset), walks)
-    *_, warm = student_sweep.warm_jobs(tmp_path, params, "any")
+    params = student_sweep_jobs.changed(read_params(ROOT / preset), walks)
+    *_, warm = student_sweep_jobs.warm_jobs(tmp_path, params, "any")
     assert warm.params
     section = read_params(warm.params)["distill"]["progressive"]
     found = parse(DistillConfig, section, "warm")
