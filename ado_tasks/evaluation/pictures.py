@@ -34,7 +34,7 @@ def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float
     families = _families(entries)
     colours = colours_of(families)
     for family, rows in families.items():
-        other = {} if family in COLOURS else {"linestyle": "--", "markerfacecolor": "none"}  # seen where it covers one
+        named = family in COLOURS  # the others are seen through where they cover one of these
         values = [row["kid_minus_teacher"] for row in rows]
         middle = [value["value"] for value in values]
         errors = [
@@ -43,7 +43,8 @@ def save_quality(path: Path, entries: Sequence[Mapping[str, Any]], margin: float
         ]
         axes.errorbar(
             [row["nfe"] for row in rows], middle, yerr=errors, marker=MARKERS.get(family, "o"), markersize=5, capsize=3,
-            linewidth=1.2, color=colours[family], label=LABELS.get(family, family), **other,
+            linewidth=1.2, color=colours[family], label=LABELS.get(family, family),
+            linestyle="-" if named else "--", markerfacecolor=colours[family] if named else "none",
         )  # fmt: skip
     axes.axhspan(-margin, margin, color="#3a9d5d", alpha=0.15, linewidth=0, label="margin of non-inferiority")
     axes.set_yscale("symlog", linthresh=max(margin, 1e-6) * 2)
