@@ -86,8 +86,8 @@ def states_on_the_way(
 
     With fewer `evaluations` than steps the teacher is asked at some (`steps_asked`), and at those between x̂ goes on in
     a straight line in t through its last two answers (where there is but one, as that): a Taylor forecast of order 1
-    (Liu et al. 2025, arXiv:2503.06923, who forecast a network's features). The walk nearly stays that of K steps, which
-    as many steps as evaluations would not.
+    (Liu et al. 2025, arXiv:2503.06923, who forecast a network's features). How nearly the walk stays that of K steps,
+    and whether that is nearer than as many steps as evaluations, depends on the teacher: bench/walk_evaluations.py.
 
     Raises:
         ValueError: stops do not fall, one does not lie below times[0] and at or above times[-1], or evaluations are not
@@ -118,7 +118,7 @@ def _legs(
     steps = times.shape[1] - 1
     where = set(range(steps)) if evaluations is None else set(steps_asked(steps, evaluations))
     asked: list[tuple[mx.array, mx.array]] = []  # the last two times at which the teacher was asked, and its answers
-    for k in range(times.shape[1] - 1):
+    for k in range(steps):
         t, s = times[:, k], times[:, k + 1]
         if k in where:
             asked = [*asked[-1:], (t, teacher(z, t))]
@@ -133,7 +133,7 @@ def _legs(
 def steps_asked(steps: int, evaluations: int) -> list[int]:
     """At which of so many steps of a walk the teacher is asked: ⌊K (i/n)^p⌋, or the next that is not taken.
 
-    They thin out towards t = 0: most of a picture is decided early.
+    They thin out towards t = 0, where a picture is mostly decided.
 
     Raises:
         ValueError: evaluations are not in 1..steps.
